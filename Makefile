@@ -1,0 +1,36 @@
+# Two commands for a new user: `make demo` and `make test`. Each sets up the virtual environment first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@echo "make demo   set up, then render the bundled manifest and write its report into demo/"
+	@echo "make test   set up, then run all tests"
+	@echo "make check  lint, types and import directions"
+	@echo "make lock   pin what is installed now in constraints.txt"
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.PHONY: demo
+demo: $(VENV)/installed
+	$(BIN)/python -m flows.demo
+
+.PHONY: test
+test: $(VENV)/installed
+	$(BIN)/python -m pytest --durations=15
+
+.PHONY: check
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: lock
+lock: $(VENV)/installed
+	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt

@@ -1,0 +1,140 @@
+"""A model folder in the published layout: which part lives where, and how each is opened and saved.
+
+transformer/ vae/ text_encoder/ tokenizer/ scheduler/ clip_visual_encoder/ face_encoder/.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    T5Config,
+    T5EncoderModel,
+)
+
+from echovideo.errors import WeightsError
+from echovideo.model.transformer import EchoVideoTransformer3DModel
+from echovideo.model.weights import load_weights, read_config, save_weights
+from echovideo.sampler import Scheduler
+
+_SCHEDULERS: Mapping[str, type[Scheduler]] = {
+    "CogVideoXDPMScheduler": CogVideoXDPMScheduler,
+    "CogVideoXDDIMScheduler": CogVideoXDDIMScheduler,
+}
+
+
+def vae_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the VAE's type beside a model of `dtype`: the published run decodes in float16 beside bfloat16."""
+    return torch.float16 if dtype == torch.bfloat16 else dtype
+
+
+def load_vae(folder: Path, *, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
+    """Load `vae/`; raises WeightsError naming the file and tensor."""
+    config = read_config(folder / "vae")
+    with torch.device("meta"):
+        vae = AutoencoderKLCogVideoX.from_config(config)
+    load_weights(vae, folder / "vae", dtype=dtype)
+    return vae.eval()
+
+
+def load_text_encoder(folder: Path, *, dtype: torch.dtype) -> T5EncoderModel:
+    """Load `text_encoder/`; raises WeightsError naming the file and tensor."""
+    config = T5Config.from_dict(read_config(folder / "text_encoder"))
+    with torch.device("meta"):
+        model = T5EncoderModel(config)
+    load_weights(model, folder / "text_encoder", dtype=dtype)
+    return model.eval()
+
+
+def load_image_encoder(folder: Path, *, dtype: torch.dtype) -> SiglipVisionModel:
+    """Load `clip_visual_encoder/`, whose tensors may carry the prefix older transformers gave them."""
+    values = read_config(folder / "clip_visual_encoder")
+    # Not on the meta device: its position ids are computed, not stored.
+    model = SiglipVisionModel(SiglipVisionConfig.from_dict(values.get("vision_config") or values))
+
+    def rename(name: str) -> str | None:
+        # A whole SigLIP is a valid folder too: its text tower is not ours to load.
+        return None if name.startswith(("text_model.", "logit_")) else name.removeprefix("vision_model.")
+
+    load_weights(model, folder / "clip_visual_encoder", dtype=dtype, rename=rename)
+    return model.eval()
+
+
+def load_image_processor(folder: Path) -> SiglipImageProcessorPil:
+    """Load `clip_visual_encoder/`'s PIL processor, whose bicubic filter the recorded numbers were made with."""
+    with _explained(folder / "clip_visual_encoder"):
+        return SiglipImageProcessorPil.from_pretrained(folder / "clip_visual_encoder")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load `tokenizer/`."""
+    with _explained(folder / "tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        return tokenizer
+
+
+def load_scheduler(folder: Path) -> Scheduler:
+    """Load `scheduler/scheduler_config.json`, a CogVideoX DPM or DDIM scheduler."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing")
+    config = json.loads(path.read_text())
+    name = config.get("_class_name")
+    if name not in _SCHEDULERS:
+        raise WeightsError(f"{path}: scheduler {name!r} is not one of {', '.join(_SCHEDULERS)}")
+    scheduler: Scheduler = _SCHEDULERS[name].from_config(config)
+    return scheduler
+
+
+def load_transformer(folder: Path, *, dtype: torch.dtype) -> EchoVideoTransformer3DModel:
+    """Load `transformer/`; raises WeightsError naming the file and tensor."""
+    return EchoVideoTransformer3DModel.from_pretrained(folder / "transformer", dtype=dtype)
+
+
+def save_transformer(model: EchoVideoTransformer3DModel, folder: Path) -> None:
+    """Write `transformer/` in the published layout."""
+    save_weights(model, folder / "transformer", model.config.to_dict(), "diffusion_pytorch_model")
+
+
+def save_vae(vae: AutoencoderKLCogVideoX, folder: Path) -> None:
+    """Write `vae/` in the published layout."""
+    save_weights(vae, folder / "vae", _plain(vae.config), "diffusion_pytorch_model")
+
+
+def save_text_encoder(model: T5EncoderModel, folder: Path) -> None:
+    """Write `text_encoder/` in the published layout."""
+    save_weights(model, folder / "text_encoder", model.config.to_dict(), "model")
+
+
+def save_image_encoder(model: SiglipVisionModel, folder: Path) -> None:
+    """Write `clip_visual_encoder/`'s model in the published layout."""
+    save_weights(model, folder / "clip_visual_encoder", model.config.to_dict(), "model")
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name != "_name_or_path"}
+
+
+class _explained:  # noqa: N801
+    """Turn a library's loading error into a WeightsError that names the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        if not self.folder.is_dir():
+            raise WeightsError(f"{self.folder} is missing: is {self.folder.parent} a whole model folder?")
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError | ValueError):
+            raise WeightsError(f"{self.folder} cannot be loaded: {error}") from error

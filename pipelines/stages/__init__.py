@@ -1,0 +1,1 @@
+"""The stages of the Ray Data graph, in order: identity, condition, render (which commits)."""

@@ -1,0 +1,66 @@
+from dataclasses import replace
+
+import pytest
+
+from echovideo.errors import RequestError
+from echovideo.request import RenderRequest
+from echovideo.settings import EngineSettings, check_tier, derived_seeds, video_key
+
+REQUEST = RenderRequest(row_id="a", prompt="waves", photo_uri="a.png", seed=7)
+SETTINGS = EngineSettings()
+
+
+def test_video_key_ignores_what_decides_no_pixel() -> None:
+    key = video_key(REQUEST, "photo", "model", SETTINGS)
+    other = replace(REQUEST, row_id="b", photo_uri="copy/of/a.png", consent_id="c", tags={"x": "y"})
+    assert video_key(other, "photo", "model", SETTINGS) == key
+    assert len(key) == 64
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "smiles"},
+        {"negative_prompt": "blur"},
+        {"seed": 8},
+        {"height": 496},
+        {"width": 864},
+        {"num_frames": 41},
+        {"fps": 8},
+        {"num_inference_steps": 49},
+        {"guidance_scale": 5.0},
+        {"guidance_schedule": "constant"},
+        {"tier": "fast"},
+        {"face_similarity": 0.4},
+        {"tries": 2},
+    ],
+)
+def test_video_key_changes_with_each_deciding_value(change: dict[str, object]) -> None:
+    changed = replace(REQUEST, **change)
+    assert video_key(changed, "photo", "model", SETTINGS) != video_key(REQUEST, "photo", "model", SETTINGS)
+
+
+def test_video_key_changes_with_photo_model_and_engine() -> None:
+    keys = {
+        video_key(REQUEST, "photo", "model", SETTINGS),
+        video_key(REQUEST, "other photo", "model", SETTINGS),
+        video_key(REQUEST, "photo", "other model", SETTINGS),
+        video_key(REQUEST, "photo", "model", EngineSettings(num_threads=1)),
+        video_key(REQUEST, "photo", "model", EngineSettings(device="cuda")),
+    }
+    assert len(keys) == 5
+
+
+def test_derived_seeds_start_with_the_rows_own_and_never_repeat() -> None:
+    seeds = derived_seeds(42, 16)
+    assert seeds[0] == 42
+    assert len(set(seeds)) == 16
+    assert derived_seeds(42, 3) == seeds[:3]
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_tier_that_the_engine_does_not_give_is_refused() -> None:
+    check_tier("exact")
+    with pytest.raises(RequestError, match="'fast' is not available here") as caught:
+        check_tier("fast")
+    assert caught.value.code == "tier_unavailable"

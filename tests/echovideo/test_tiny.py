@@ -1,0 +1,33 @@
+from pathlib import Path
+
+from echovideo import EchoVideoPipeline
+from echovideo.model.card import folder_digest
+from echovideo.tiny import build_tiny, ensure_tiny
+
+
+def test_tiny_model_has_at_most_13_million_parameters(tiny_folder: Path) -> None:
+    pipeline = EchoVideoPipeline.from_pretrained(tiny_folder)
+    parts = (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.image_encoder)
+    assert 10e6 < sum(p.numel() for part in parts for p in part.parameters()) <= 13e6
+
+
+def test_tiny_model_built_twice_is_the_same_to_the_byte(tiny_folder: Path, tmp_path: Path) -> None:
+    build_tiny(tmp_path / "again")
+    assert folder_digest(tmp_path / "again") == folder_digest(tiny_folder)
+
+
+def test_tiny_model_present_is_not_built_again(tiny_folder: Path) -> None:
+    before = (tiny_folder / "model_card.json").stat().st_mtime_ns
+    assert ensure_tiny(tiny_folder.parent) == tiny_folder
+    assert (tiny_folder / "model_card.json").stat().st_mtime_ns == before
+    assert [path.name for path in tiny_folder.parent.iterdir()] == [tiny_folder.name]
+
+
+def test_tiny_tokenizer_every_language_has_tokens_and_ends_with_the_end_token(tiny_folder: Path) -> None:
+    tokenizer = EchoVideoPipeline.from_pretrained(tiny_folder).tokenizer
+    assert tokenizer is not None
+    for text in ("a woman smiles", "女の人が笑う", "eine Frau lächelt 🙂"):
+        ids = tokenizer(text).input_ids
+        assert tokenizer.unk_token_id not in ids
+        assert ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text

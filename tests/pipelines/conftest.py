@@ -1,0 +1,86 @@
+"""Fixtures: a real S3 server for the session, and an empty folder or prefix for each test."""
+
+from __future__ import annotations
+
+import random
+import secrets
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from echovideo.errors import StorageError
+from pipelines.storage import StorageOptions, StoragePath
+
+START_SCRIPT = Path(__file__).parents[2] / "infra/local_s3/start.sh"
+START_DEADLINE_S = 60
+
+
+@pytest.fixture(scope="session")
+def s3_options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StorageOptions]:
+    """SeaweedFS, started by infra/local_s3/start.sh on free ports, with its keys in the environment."""
+    folder = tmp_path_factory.mktemp("seaweedfs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "echo")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", secrets.token_hex(16))
+        patch.delenv("AWS_PROFILE", raising=False)
+        port = _free_base_port()
+        options = StorageOptions(endpoint_url=f"http://127.0.0.1:{port}")
+        with open(folder / "log", "wb") as log:
+            command = [str(START_SCRIPT), str(folder / "data"), str(port)]
+            server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            _wait_until_ready(server, StoragePath.parse("s3://echovideo/ready", options), folder / "log")
+            yield options
+        finally:
+            server.kill()
+            server.wait()
+
+
+@pytest.fixture
+def s3_root(s3_options: StorageOptions) -> StoragePath:
+    """An empty prefix of the session's S3 server."""
+    return StoragePath.parse(f"s3://echovideo/{secrets.token_hex(8)}", s3_options)
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> StoragePath:
+    """An empty local folder, and an empty S3 prefix: a test that takes it runs on both."""
+    if request.param == "local":
+        return StoragePath.parse(str(tmp_path / "root"))
+    s3_root: StoragePath = request.getfixturevalue("s3_root")
+    return s3_root
+
+
+def _free_base_port() -> int:
+    for base in random.sample(range(12000, 30000, 10), 1000):
+        if all(_is_free(port) for first in (base, base + 10000) for port in range(first, first + 5)):
+            return base
+    raise AssertionError("no ten free ports")
+
+
+def _is_free(port: int) -> bool:
+    with closing(socket.socket()) as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def _wait_until_ready(server: subprocess.Popen[bytes], probe: StoragePath, log: Path) -> None:
+    port = int((probe.options.endpoint_url or "").rsplit(":", 1)[1])
+    deadline = time.monotonic() + START_DEADLINE_S
+    while time.monotonic() < deadline and server.poll() is None:
+        if not _is_free(port):
+            try:
+                probe.write_bytes(b"")
+                return
+            except StorageError:
+                pass
+        time.sleep(0.1)
+    raise AssertionError(f"SeaweedFS did not start: {log.read_text()[-2000:]}")
