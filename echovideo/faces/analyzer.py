@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import cv2
 import numpy as np
@@ -22,8 +22,7 @@ from echovideo.faces.mtcnn import Detections, MtcnnDetector
 from echovideo.faces.packs import EMBEDDED_KIND, FacePack
 from echovideo.faces.parsing import FACE_SIDE
 from echovideo.faces.photo import decode_photo
-
-FacePolicy = Literal["largest", "reject"]
+from echovideo.request import FacePolicy
 
 MAX_DETECTION_SIDE = 1024
 RECOGNITION_SIDE = 112

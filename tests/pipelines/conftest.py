@@ -30,7 +30,7 @@ def s3_options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StorageOpti
         patch.delenv("AWS_PROFILE", raising=False)
         port = _free_base_port()
         options = StorageOptions(endpoint_url=f"http://127.0.0.1:{port}")
-        with open(folder / "log", "wb") as log:
+        with (folder / "log").open("wb") as log:
             command = [str(START_SCRIPT), str(folder / "data"), str(port)]
             server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:

@@ -1,0 +1,536 @@
+"""The command line, `echovideo`: single videos, batches, photos, models, and what this machine can do.
+
+Commands import what they need when they run: torch, Ray and Prefect take seconds to load, and --help needs none.
+
+Exit status: 0 done; for `batch run`, every row ended Ok or Rejected. 1 an error, said in one line. 2 rows failed, died
+or were cancelled (and, as everywhere, wrong usage). 130 ended by a second Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from echovideo.errors import EchoVideoError
+from flows.console import COLOURS, LiveBatch, counts_text, err, facts_table, out, print_error, print_json, rows_table
+
+if TYPE_CHECKING:
+    from pipelines.config import RunConfig
+    from pipelines.ledger import Ledger
+    from pipelines.outcome import RowOutcome
+    from pipelines.storage import StoragePath
+
+_ROWS_FAILED = 2
+_UNTRAINED = "[yellow]The model is untrained: its videos are coloured noise and show nobody.[/yellow]"
+_SHOWN_ROWS = 20
+
+
+class _FriendlyGroup(TyperGroup):
+    """Shows an EchoVideoError as one message instead of a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EchoVideoError as error:
+            print_error(error.code, error.message, error.numbers, as_json=ctx.meta.get("json", False))
+            raise typer.Exit(1) from error
+
+
+def _remember_json(context: typer.Context, value: bool) -> bool:
+    context.meta["json"] = value
+    return value
+
+
+app = typer.Typer(
+    cls=_FriendlyGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Videos of one person, from a photo and a prompt: one at a time, or a manifest of thousands.",
+)
+batch = typer.Typer(no_args_is_help=True, help="Render manifests: run, follow, report, cancel, delete.")
+models_app = typer.Typer(no_args_is_help=True, help="The models on this machine.")
+app.add_typer(batch, name="batch")
+app.add_typer(models_app, name="models")
+
+Json = Annotated[
+    bool,
+    typer.Option("--json", callback=_remember_json, is_eager=True, help="Print one JSON document, for machines."),
+]
+Model = Annotated[str, typer.Option(help='"tiny", a model folder, or a hub model fetched before.')]
+ModelsFolder = Annotated[
+    Path, typer.Option("--models", envvar="ECHOVIDEO_MODELS", help="Folder in which the tiny model is built.")
+]
+EndpointUrl = Annotated[
+    str | None, typer.Option(envvar="ECHOVIDEO_S3_ENDPOINT", help="S3 service that is not AWS's, http(s)://host:port.")
+]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option(help="Where to render; auto takes a GPU if there is one.")
+]
+Size = Annotated[str, typer.Option(help="WIDTHxHEIGHT, or wide, standard, square, portrait, tall.")]
+Frames = Annotated[int | None, typer.Option(help="Frames: 9, 17, 25, 33, 41 or 49.")]
+Seconds = Annotated[float | None, typer.Option(help="Length instead of --frames.")]
+Steps = Annotated[int, typer.Option(help="Denoising steps.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
+Guidance = Annotated[float, typer.Option(help="Classifier-free guidance.")]
+Fps = Annotated[int, typer.Option(help="Frames per second.")]
+Photo = Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="Photo of the person.")]
+Output = Annotated[str, typer.Argument(help="Folder or s3://bucket/prefix that holds runs and videos.")]
+RunId = Annotated[str | None, typer.Argument(help="The run; the newest by default.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+_MODELS = Path("~/.cache/echovideo/models")
+
+
+@app.command()
+def render(
+    photo: Photo,
+    prompt: Annotated[str, typer.Argument(help="What the person does.")],
+    out_path: Annotated[Path, typer.Option("--out", help="The MP4; its sidecar is written beside it as .json.")] = Path(
+        "video.mp4"
+    ),
+    model: Model = "tiny",
+    size: Size = "wide",
+    frames: Frames = None,
+    seconds: Seconds = None,
+    steps: Steps = 50,
+    seed: Seed = 42,
+    guidance: Guidance = 6.0,
+    fps: Fps = 16,
+    device: Device = "auto",
+    models: ModelsFolder = _MODELS,
+    json: Json = False,
+) -> None:
+    """Render one video in this process."""
+    from echovideo.request import MAX_FRAMES, RenderRequest, frames_for_seconds, parse_size
+
+    if frames is not None and seconds is not None:
+        raise typer.BadParameter("give --frames or --seconds, not both")
+    height, width = parse_size(size)
+    request = RenderRequest(
+        row_id="render",
+        prompt=prompt,
+        photo_bytes=photo.read_bytes(),
+        seed=seed,
+        height=height,
+        width=width,
+        num_frames=frames_for_seconds(seconds, fps) if seconds is not None else frames or MAX_FRAMES,
+        fps=fps,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+    )
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=err,
+        disable=json,
+    )
+    with progress:
+        task = progress.add_task("loading", total=steps)
+        from echovideo.settings import EngineSettings
+        from flows.config import choose_device
+        from flows.models import find_model
+        from flows.single import render_one
+
+        sidecar = render_one(
+            request,
+            find_model(model, models),
+            EngineSettings(device=choose_device(device)),
+            out_path,
+            lambda step: progress.update(task, completed=step, description="rendering"),
+        )
+    if json:
+        print_json({**sidecar, "sidecar": str(out_path.with_suffix(".json").resolve())})
+        return
+    video = sidecar["video"]
+    out.print(
+        facts_table(
+            {
+                "video": out_path,
+                "": f"{video['width']}x{video['height']}, {video['num_frames']} frames at {video['fps']} fps, "
+                f"{video['num_bytes'] / 1000:.0f} kB",
+                "sidecar": out_path.with_suffix(".json"),
+                "model": f"{sidecar['model']['name']}, {sidecar['model']['licence']}",
+            }
+        )
+    )
+    if not sidecar["model"]["trained"]:
+        err.print(_UNTRAINED)
+
+
+@app.command()
+def identity(
+    photo: Photo,
+    out_path: Annotated[Path, typer.Option("--out", help="The picture, PNG or JPEG.")] = Path("identity.png"),
+    model: Model = "tiny",
+    several_faces: Annotated[
+        Literal["largest", "reject"], typer.Option(help="Take the largest of several faces, or refuse.")
+    ] = "largest",
+    models: ModelsFolder = _MODELS,
+    json: Json = False,
+) -> None:
+    """Show what the face step sees in a photo, or why it refuses it."""
+    from echovideo.faces.analyzer import FaceAnalyzer
+    from echovideo.faces.packs import open_pack
+    from echovideo.faces.photo import decode_photo
+    from echovideo.faces.picture import draw_identity
+    from flows.models import find_model
+
+    content = photo.read_bytes()
+    seen = FaceAnalyzer(open_pack(find_model(model, models) / "face_encoder")).analyze(content, policy=several_faces)
+    out_path.parent.mkdir(parents=True, exist_ok=True)
+    draw_identity(decode_photo(content), seen).save(out_path)
+    quality = asdict(seen.quality)
+    if json:
+        print_json(
+            {
+                "picture": str(out_path.resolve()),
+                "box": seen.box,
+                "quality": quality,
+                "photo_sha256": seen.photo_sha256,
+                "face_nets": seen.pack,
+            }
+        )
+        return
+    left, top, right, bottom = seen.box
+    out.print(
+        facts_table(
+            {
+                "picture": out_path,
+                "face": f"{right - left:.0f} x {bottom - top:.0f} px at {left:.0f}, {top:.0f}",
+                "detection": f"{quality['detection_score']:.3f}",
+                "sharpness": f"{quality['sharpness']:.3f}",
+                "yaw": f"{quality['yaw_degrees']:+.0f} degrees",
+                "face nets": seen.pack,
+            }
+        )
+    )
+
+
+@app.command()
+def doctor(models: ModelsFolder = _MODELS, json: Json = False) -> None:
+    """Check what this machine has; exits 1 if something it needs is missing."""
+    from flows.doctor import checks
+
+    with err.status("checking"):
+        found = list(checks(models))
+    missing = [check for check in found if check.status == "missing"]
+    if json:
+        print_json({"ok": not missing, "checks": [asdict(check) for check in found]})
+    else:
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for column in ("check", "status", "found", "to do"):
+            table.add_column(column, overflow="fold")
+        words = {"absent": "not here"}
+        for check in found:
+            status = Text(words.get(check.status, check.status), COLOURS[check.status])
+            table.add_row(check.name, status, check.found, check.advice)
+        out.print(table, soft_wrap=False)
+    raise typer.Exit(1 if missing else 0)
+
+
+@models_app.command("pull")
+def models_pull(
+    names: Annotated[
+        list[str] | None, typer.Argument(help='"tiny", or hub models: owner/name or their address.')
+    ] = None,
+    yes: Yes = False,
+    models: ModelsFolder = _MODELS,
+    json: Json = False,
+) -> None:
+    """Build the tiny model, or fetch models from the Hugging Face Hub; says licence and size first."""
+    from echovideo.errors import WeightsError
+    from flows.models import LICENCE_NOTE, TINY, fetch, find_model, hub_name, hub_size
+
+    folders: dict[str, str] = {}
+    for name in names or [TINY]:
+        if name == TINY:
+            folders[name] = str(find_model(TINY, models))
+            continue
+        repository = hub_name(name)
+        if repository is None:
+            raise WeightsError(f"{name} is neither {TINY!r} nor a hub model, owner/name")
+        num_bytes = hub_size(repository)
+        err.print(f"{repository}: at most {num_bytes / 1e9:.1f} GB\n{LICENCE_NOTE}")
+        if not yes:
+            typer.confirm("Fetch it under these terms?", abort=True, err=True)
+        folders[name] = str(fetch(repository, num_bytes))
+    if json:
+        print_json({"folders": folders})
+    else:
+        out.print(facts_table(folders))
+
+
+@batch.command("run")
+def batch_run(
+    manifest: Annotated[str, typer.Argument(help="Parquet manifest: a path or s3:// address.")],
+    output: Output,
+    model: Model = "tiny",
+    device: Device = "auto",
+    strict: Annotated[bool, typer.Option(help="Refuse the whole batch for one bad row.")] = False,
+    require_consent: Annotated[bool, typer.Option(help="Refuse rows without a consent_id.")] = False,
+    several_faces: Annotated[
+        Literal["largest", "reject"], typer.Option(help="In a photo of several people, take the largest or refuse.")
+    ] = "largest",
+    size: Size = "wide",
+    frames: Frames = None,
+    seconds: Seconds = None,
+    steps: Steps = 50,
+    seed: Seed = 42,
+    guidance: Guidance = 6.0,
+    fps: Fps = 16,
+    face_similarity: Annotated[float | None, typer.Option(help="Similarity to the photo a video must reach.")] = None,
+    tries: Annotated[int, typer.Option(help="Seeds to spend on reaching it.")] = 1,
+    allow_root: Annotated[
+        list[str] | None, typer.Option(help="Folder or s3://bucket for photos, beside the manifest's own.")
+    ] = None,
+    allow_host: Annotated[list[str] | None, typer.Option(help="https host that photos may come from.")] = None,
+    endpoint_url: EndpointUrl = None,
+    renderers: Annotated[int, typer.Option(min=1, help="Engines side by side, each with a GPU of its own.")] = 1,
+    cluster: Annotated[str | None, typer.Option(help="http:// address of a Ray cluster's jobs server.")] = None,
+    models: ModelsFolder = _MODELS,
+    json: Json = False,
+) -> None:
+    """Render every row of a manifest; the same manifest and settings resume where they stopped.
+
+    --size to --tries are for rows that leave them out. Ctrl-C cancels politely, a second one ends at once.
+    """
+    _quieten()
+    live = LiveBatch(quiet=json)
+    with live.shown():
+        from prefect.exceptions import CancelledRun
+
+        from echovideo.errors import RunError
+        from flows.config import BatchSettings
+        from flows.render import render_manifest, watcher
+        from pipelines.manifest import Defaults
+
+        settings = BatchSettings(
+            defaults=Defaults(
+                size=size,
+                num_frames=frames,
+                seconds=seconds,
+                num_inference_steps=steps,
+                seed=seed,
+                guidance_scale=guidance,
+                fps=fps,
+                face_similarity=face_similarity,
+                tries=tries,
+            ),
+            device=device,
+            num_renderers=renderers,
+            strict=strict,
+            require_consent=require_consent,
+            several_faces=several_faces,
+            allowed_roots=tuple(allow_root or ()),
+            allowed_hosts=tuple(allow_host or ()),
+            endpoint_url=endpoint_url,
+            models=str(models),
+            jobs_address=cluster,
+        )
+        _reach_prefect()
+        told = watcher.set(live)
+        try:
+            render_manifest(manifest, output, model, settings)
+        except CancelledRun:
+            pass
+        except RunError as error:
+            if error.code != "rows_failed":
+                raise
+        finally:
+            watcher.reset(told)
+    assert live.batch is not None
+    ledger, config = _open_run(output, live.batch.ledger.run_id, endpoint_url)
+    _print_run(ledger, config, live.batch.num_rows, json=json)
+    unfinished = sum(live.counts[kind] for kind in ("failed", "dead", "cancelled"))
+    raise typer.Exit(_ROWS_FAILED if unfinished else 0)
+
+
+@batch.command("status")
+def batch_status(output: Output, run_id: RunId = None, endpoint_url: EndpointUrl = None, json: Json = False) -> None:
+    """Show how a run stands."""
+    from pipelines.validation import validate
+
+    ledger, config = _open_run(output, run_id, endpoint_url)
+    manifest = validate(config)
+    _print_run(ledger, config, len(manifest.requests) + len(manifest.refusals), json=json)
+
+
+@batch.command("report")
+def batch_report(output: Output, run_id: RunId = None, endpoint_url: EndpointUrl = None, json: Json = False) -> None:
+    """Write a run's report, results table and contact sheet again, and print where the report is."""
+    from pipelines.publish import publish
+    from pipelines.validation import validate
+
+    ledger, config = _open_run(output, run_id, endpoint_url)
+    report = str(publish(config, validate(config), ledger))
+    if json:
+        print_json({"run_id": ledger.run_id, "report": report})
+    else:
+        out.print(report)
+
+
+@batch.command("cancel")
+def batch_cancel(output: Output, run_id: RunId = None, endpoint_url: EndpointUrl = None, json: Json = False) -> None:
+    """Ask a run to stop within a step; what is done stays, and running it again resumes."""
+    ledger, _ = _open_run(output, run_id, endpoint_url)
+    ledger.request_cancel()
+    if json:
+        print_json({"run_id": ledger.run_id, "cancel_requested": True})
+    else:
+        out.print(f"run {ledger.run_id} will stop; its finished videos stay")
+
+
+@batch.command("delete")
+def batch_delete(
+    output: Output,
+    run_id: Annotated[str, typer.Argument(help="The run.")],
+    yes: Yes = False,
+    endpoint_url: EndpointUrl = None,
+    json: Json = False,
+) -> None:
+    """Delete a run with its faces and pictures, and every video that no other run refers to."""
+    ledger, _ = _open_run(output, run_id, endpoint_url)
+    if not yes:
+        typer.confirm(
+            f"Delete run {run_id}: its report, faces and pictures, and every video that no other run refers to?",
+            abort=True,
+            err=True,
+        )
+    ledger.delete_run()
+    if json:
+        print_json({"run_id": run_id, "deleted": True})
+    else:
+        out.print(f"run {run_id} is deleted")
+
+
+def main() -> None:
+    """Entry point of the `echovideo` script."""
+    app()
+
+
+def _quieten() -> None:
+    """Settle what Prefect and Ray read from the environment while they are imported; what is set already stays."""
+    for name, value in {
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_LEVEL": "CRITICAL",
+        # A laptop's first start of Prefect's own server takes longer than the 20 s that Prefect allows.
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "DO_NOT_TRACK": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _reach_prefect() -> None:
+    """Start Prefect's own server if none is configured, deaf to this terminal's Ctrl-C, which is ours to handle.
+
+    Raises RunError `prefect_unreachable` when the configured server does not answer.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
+    from echovideo.errors import RunError
+
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with get_client(sync_client=True) as client:
+            error = client.api_healthcheck()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+    if error is not None:
+        raise RunError(
+            f"the Prefect server at {PREFECT_API_URL.value()} does not answer: {error!r}; start it, or unset "
+            "PREFECT_API_URL to use one of this process's own",
+            code="prefect_unreachable",
+        ) from error
+
+
+def _open_run(output: str, run_id: str | None, endpoint_url: str | None) -> tuple[Ledger, RunConfig]:
+    """Return the ledger and config of a run, the newest if none is named."""
+    from echovideo.errors import RunError
+    from pipelines.config import RunConfig
+    from pipelines.ledger import Ledger
+    from pipelines.storage import StorageOptions, StoragePath
+
+    root = StoragePath.parse(output, StorageOptions(endpoint_url=endpoint_url))
+    records = {name: root / "runs" / name / "run.json" for name in (root / "runs").list_names()}
+    started = {name: record.stat().modified_s for name, record in records.items() if record.exists()}
+    if not started:
+        raise RunError(f"there is no run under {root}; is this the output that was given to batch run?", code="no_run")
+    if run_id is not None and run_id not in started:
+        raise RunError(f"there is no run {run_id} under {root}; there are {', '.join(started)}", code="no_run")
+    ledger = Ledger(root, run_id or max(started, key=lambda name: started[name]))
+    return ledger, RunConfig.from_record(ledger.read_config())
+
+
+def _print_run(ledger: Ledger, config: RunConfig, num_rows: int, *, json: bool) -> None:
+    """Print how a run stands and where its results are."""
+    from echovideo.model.card import read_card
+    from pipelines.publish import REPORT, RESULTS
+
+    outcomes = ledger.outcomes()
+    counts = ledger.counts()
+    card = read_card(Path(config.model))
+    waiting = num_rows - len(outcomes)
+    videos = ledger.root / "videos"
+    rows = [_row_line(outcome, videos) for _, outcome in sorted(outcomes.items())]
+    troubled = [row for row in rows if row["outcome"] != "ok"]
+    files = {name: str(ledger.folder / name) for name in (REPORT, RESULTS) if (ledger.folder / name).exists()}
+    if json:
+        print_json(
+            {
+                "run_id": ledger.run_id,
+                "rows": num_rows,
+                "waiting": waiting,
+                "counts": counts,
+                "model": asdict(card),
+                "cancel_requested": ledger.cancel_requested(),
+                "without_video": troubled,
+                "report": files.get(REPORT),
+                "results": files.get(RESULTS),
+                "videos": str(videos),
+            }
+        )
+        return
+    shown = rows if len(rows) <= _SHOWN_ROWS else troubled[:_SHOWN_ROWS]
+    if shown:
+        out.print(rows_table(shown), soft_wrap=False)
+        if len(troubled) > len(shown):
+            out.print(f"[dim]and {len(troubled) - len(shown)} more without a video[/dim]")
+        out.print()
+    state = Text.assemble(f"{num_rows} rows: ", counts_text(counts), f"  {waiting} waiting" if waiting else "")
+    facts: dict[str, object] = {"run": ledger.run_id, "": state}
+    facts |= {"report": files.get(REPORT, "not written yet"), "results": files.get(RESULTS, "not written yet")}
+    facts |= {"videos": videos, "model": f"{card.name}, {card.licence}"}
+    out.print(facts_table(facts))
+    if not card.trained:
+        err.print(_UNTRAINED)
+
+
+def _row_line(outcome: RowOutcome, videos: StoragePath) -> dict[str, str]:
+    """Return one row of `rows_table`, its video's path within the folder of videos."""
+    from pipelines.outcome import Cancelled, Dead, Failed, Ok, Rejected, kind_of
+
+    line = {"row_id": outcome.row_id, "outcome": kind_of(outcome), "code": "", "message": ""}
+    match outcome:
+        case Ok():
+            return line | {"message": outcome.video.uri.removeprefix(f"{videos}/")}
+        case Rejected() | Failed():
+            return line | {"code": outcome.code, "message": outcome.message}
+        case Dead():
+            return line | {"message": outcome.message}
+        case Cancelled():
+            return line | {"message": "run the batch again to render it"}

@@ -1,0 +1,77 @@
+"""Models by name: the embedded tiny model, a folder, or a repository fetched from the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from echovideo.errors import WeightsError
+from echovideo.model.card import PUBLISHED_LICENCE, PUBLISHED_MODEL, resolve_folder
+from pipelines.resources import check_disk
+
+TINY = "tiny"
+DEFAULT_MODELS = Path("~/.cache/echovideo/models")
+"""Where the tiny model is built."""
+
+LICENCE_NOTE = (
+    f"{PUBLISHED_MODEL} is under {PUBLISHED_LICENCE}: non-commercial use only, with attribution.\n"
+    "Its face nets, antelopev2, are InsightFace's: for non-commercial research only.\n"
+    "EchoVideo's own code is Apache-2.0; these terms are the weights' and bind whoever uses them."
+)
+
+_HUB = "https://huggingface.co/"
+
+
+def find_model(model: str, models: Path) -> Path:
+    """Return the folder of "tiny" (built under `models` once), of a local path, or of a hub model fetched before.
+
+    Fetches nothing, so that nobody gets 40 GB and a licence by surprise. Raises WeightsError.
+    """
+    if model == TINY:
+        # Building a model needs torch and transformers, which most commands never load.
+        from echovideo.tiny import ensure_tiny
+
+        return ensure_tiny(models.expanduser()).resolve()
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    name = hub_name(model)
+    if name is None:
+        raise WeightsError(f"there is no model folder {model}; give a folder, {TINY!r} or a hub name, owner/name")
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        raise WeightsError(
+            f"{name} is not on this machine; fetch it first with: echovideo models pull {name}", code="model_not_pulled"
+        ) from error
+
+
+def hub_name(model: str) -> str | None:
+    """Return "owner/name" of a hub name or its https://huggingface.co address, None if it is neither."""
+    name = model.removeprefix(_HUB).strip("/")
+    parts = name.split("/")
+    return name if len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and ":" not in name else None
+
+
+def hub_size(name: str) -> int:
+    """Return the bytes of a hub repository's files, the most that fetching it takes; raises WeightsError."""
+    try:
+        files = HfApi().model_info(name, files_metadata=True).siblings or []
+    except (HfHubHTTPError, OSError) as error:
+        raise WeightsError(
+            f"the hub could not be asked about {name}: {error}; check the name and this machine's network",
+            code="hub_unreachable",
+        ) from error
+    return sum(file.size or 0 for file in files)
+
+
+def fetch(name: str, num_bytes: int) -> Path:
+    """Fetch a hub repository of so many bytes into the hub's cache and return its folder.
+
+    Raises RunError `too_little_disk` before any byte is fetched, WeightsError.
+    """
+    check_disk(Path(HF_HUB_CACHE), num_bytes)
+    return resolve_folder(name)

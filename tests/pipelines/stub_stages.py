@@ -1,0 +1,107 @@
+"""Stages whose networks are stubs and whose ledger, files and actors are real, to see what faults do to a run.
+
+A row's tags say what befalls it: `kill` names the stage that ends its own worker, `raise` the one that raises, `face`
+makes the frames show the photo's person. Each render is noted in `renders.log` beside the output root.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import skimage.data
+
+from echovideo.conditioning import Condition
+from echovideo.engine import Rendered
+from echovideo.errors import RenderCancelledError
+from echovideo.request import RenderRequest
+from pipelines.config import RunConfig
+from pipelines.ledger import Claim
+from pipelines.run import drive
+from pipelines.stages.render import RenderStage
+from pipelines.stages.row import Row
+from pipelines.stages.stage import Stage
+
+STEPS = 10
+STEP_S = 0.03
+
+
+def befall(row: Row, stage: str) -> None:
+    """Do to this process what the row's tags say."""
+    if row.request.tags.get("kill") == stage:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if row.request.tags.get("raise") == stage:
+        raise ValueError(f"as the row {row.request.row_id} says")
+
+
+class StubIdentity(Stage):
+    """Gives every row the identity that the model folder holds."""
+
+    name = "identity"
+
+    def work(self, row: Row, claim: Claim) -> Row:
+        befall(row, self.name)
+        identity = (Path(self.config.model) / "identity.safetensors").read_bytes()
+        return replace(row, photo_sha256=hashlib.sha256(identity).hexdigest(), identity=identity)
+
+
+class StubCondition(Stage):
+    """Gives every row the condition that the model folder holds."""
+
+    name = "condition"
+
+    def work(self, row: Row, claim: Claim) -> Row:
+        befall(row, self.name)
+        return replace(row, condition=(Path(self.config.model) / "condition.safetensors").read_bytes())
+
+
+class StubRenderer:
+    """Takes ten short steps and draws noise, or the astronaut."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+
+    def render(
+        self, condition: Condition, request: RenderRequest, seed: int, keep_going: Callable[[int, int], bool]
+    ) -> Rendered:
+        befall(Row(request=request), "render")
+        for step in range(STEPS):
+            if not keep_going(step, STEPS):
+                raise RenderCancelledError("as asked")
+            time.sleep(STEP_S)
+        with self.log.open("a") as log:
+            log.write(f"{request.row_id} {seed}\n")
+        if request.tags.get("face"):
+            photo = skimage.data.astronaut()[: request.height, 64 : 64 + request.width]
+            frames = np.repeat(photo[None], request.num_frames, axis=0)
+        else:
+            shape = (request.num_frames, request.height, request.width, 3)
+            frames = np.random.default_rng(seed).integers(0, 255, shape, np.uint8)
+        return Rendered(frames_FHWC=frames, timings={"denoise": STEPS * STEP_S})
+
+
+class StubRender(RenderStage):
+    """The real render stage around the stub renderer."""
+
+    def open_renderer(self) -> StubRenderer:
+        return StubRenderer(renders_log(self.config))
+
+
+STUBS = (StubIdentity, StubCondition, StubRender)
+
+
+def renders_log(config: RunConfig) -> Path:
+    """Return the file in which each finished render is a line "row_id seed"."""
+    return Path(config.output).parent / "renders.log"
+
+
+if __name__ == "__main__":
+    drive(RunConfig.from_record(json.loads(Path(sys.argv[1]).read_text())), STUBS)
