@@ -354,6 +354,10 @@ def _figures(rows: Sequence[RowView], elapsed_s: float) -> list[tuple[str, str]]
     return figures
 
 
+# As a video meets them; records keep their keys sorted.
+_STAGE_ORDER = ("identity", "condition", "denoise", "decode", "encode", "judge")
+
+
 class Stage(NamedTuple):
     """Mean seconds a stage took per newly made video, and that as percent of the slowest stage and of all."""
 
@@ -365,7 +369,8 @@ class Stage(NamedTuple):
 
 def _stages(rows: Sequence[RowView]) -> list[Stage]:
     fresh = [row.outcome for row in rows if isinstance(row.outcome, Ok) and not row.outcome.reused]
-    names = dict.fromkeys(name for outcome in fresh for name in outcome.timings)
+    seen = {name for outcome in fresh for name in outcome.timings}
+    names = [name for name in _STAGE_ORDER if name in seen] + sorted(seen - set(_STAGE_ORDER))
     means = {name: sum(outcome.timings.get(name, 0.0) for outcome in fresh) / len(fresh) for name in names}
     longest, total = max(means.values(), default=0.0), sum(means.values())
     return [

@@ -6,7 +6,8 @@ transformer/ vae/ text_encoder/ tokenizer/ scheduler/ clip_visual_encoder/ face_
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,16 +126,12 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name != "_name_or_path"}
 
 
-class _explained:  # noqa: N801
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
     """Turn a library's loading error into a WeightsError that names the folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        if not self.folder.is_dir():
-            raise WeightsError(f"{self.folder} is missing: is {self.folder.parent} a whole model folder?")
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError | ValueError):
-            raise WeightsError(f"{self.folder} cannot be loaded: {error}") from error
+    if not folder.is_dir():
+        raise WeightsError(f"{folder} is missing: is {folder.parent} a whole model folder?")
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{folder} cannot be loaded: {error}") from error

@@ -34,6 +34,9 @@ from pipelines.manifest import write_manifest
 from pipelines.outcome import Dead, Failed, Ok, Rejected
 from pipelines.photo_reader import UriPolicy
 from pipelines.run import drive
+from pipelines.stages.condition import ConditionStage
+from pipelines.stages.identity import IdentityStage
+from pipelines.stages.row import Row
 from pipelines.storage import StorageOptions, StoragePath
 from tests.pipelines.stub_stages import STUBS, renders_log
 
@@ -254,6 +257,23 @@ def test_run_strict_with_a_bad_row_is_refused_whole(tmp_path: Path, stub_model: 
         drive(config, STUBS)
     assert caught.value.code == "refused_rows"
     assert ledger_of(config).outcomes() == {}
+
+
+def test_stages_many_rows_of_one_photo_analyse_and_encode_it_once(
+    tmp_path: Path, tiny_folder: Path, astronaut_png: bytes
+) -> None:
+    rows = [row(f"row-{i}", i, photo_bytes=astronaut_png) for i in range(20)]
+    config = config_for(rows, tmp_path, tiny_folder)
+    identity, condition = IdentityStage(config, 1), ConditionStage(config, 1)
+    analyses = []
+    analyze = identity.analyzer.analyze
+    identity.analyzer.analyze = lambda *args, **options: analyses.append(1) or analyze(*args, **options)
+    conditions = {condition(identity(Row(request=request).to_columns()))["condition"] for request in rows}
+    assert len(analyses) == 1
+    assert len(conditions) == 1
+    assert condition.conditioner.prompt_states.cache_info().misses == 2
+    assert condition.conditioner.face_tokens.cache_info().misses == 2
+    assert condition.conditioner.posterior.cache_info().misses == 1
 
 
 def test_run_tiny_model_on_s3_renders_real_photographs(

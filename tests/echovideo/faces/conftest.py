@@ -21,7 +21,7 @@ from echovideo.faces.packs import embedded_pack
 from echovideo.faces.parsing import BiSeNet
 from echovideo.faces.recogniser import export_recogniser
 
-_ASSETS = Path(__file__).parent / "assets"
+_ASSETS = Path(__file__).parents[2] / "assets" / "faces"
 _SCRFD_SIDE = 640
 _SCRFD_BOX = (179.0, 60.0, 268.0, 173.0)
 _SCRFD_POINTS = ((204.0, 101.5), (246.5, 103.5), (225.5, 129.0), (201.5, 139.5), (245.5, 141.0))
