@@ -75,13 +75,16 @@ def deciding_values(request: RenderRequest) -> dict[str, Any]:
     return {name: getattr(request, name) for name in _DECIDING_FIELDS}
 
 
-def video_key(request: RenderRequest, photo_sha256: str, model_digest: str, settings: EngineSettings) -> str:
+def video_key(
+    request: RenderRequest, *, photo_sha256: str, face_nets: str, model_digest: str, settings: EngineSettings
+) -> str:
     """Return the sha256, as 64 hex digits, of everything that decides a video's pixels.
 
-    Two rows that ask for the same pixels have the same key, and so share one video.
+    Two rows that ask for the same pixels have the same key, and so share one video. `face_nets` is the pack's name.
     """
     decides = {
         "photo": photo_sha256,
+        "face_nets": face_nets,
         "model": model_digest,
         "numerics": settings.numerics,
         "request": deciding_values(request),

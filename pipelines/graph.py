@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayError
 
+from echovideo.errors import RunError
 from echovideo.request import RenderRequest
 from pipelines.config import RunConfig
 from pipelines.outcome import RowOutcome
@@ -23,7 +26,8 @@ def outcomes(
 ) -> Iterator[RowOutcome]:
     """Run the requests through the stages and yield each row's committed outcome as it ends, in any order.
 
-    Rows are taken by bucket, so that a renderer keeps one shape, and then by photo, so that caches hit.
+    Rows are taken by bucket, so that a renderer keeps one shape, and then by photo, so that caches hit. Raises RunError
+    `stage_failed` when a stage cannot work at all, with its reason.
     """
     rows = sorted(requests, key=lambda request: (request.bucket, request.photo_uri or "", request.row_id))
     for start in range(0, len(rows), WINDOW_ROWS):
@@ -56,7 +60,12 @@ def _window(
                 num_cpus=resources.num_cpus,
                 num_gpus=resources.num_gpus,
             )
-        for columns in dataset.iter_rows():
-            outcome = Row.from_columns(columns).outcome
-            assert outcome is not None, "a row left the last stage without an outcome"
-            yield outcome
+        try:
+            for columns in dataset.iter_rows():
+                outcome = Row.from_columns(columns).outcome
+                assert outcome is not None, "a row left the last stage without an outcome"
+                yield outcome
+        except RayError as error:
+            # Rows end with outcomes, so this is a stage that cannot work at all: a damaged model, a store out of reach.
+            reason = re.sub(r"\x1b\[\d+m", "", str(error)).strip().splitlines()[-1]
+            raise RunError(f"a stage could not go on: {reason}", code="stage_failed") from error

@@ -14,7 +14,7 @@ from echovideo.model.card import read_card
 from pipelines.config import RunConfig
 from pipelines.ledger import Ledger
 from pipelines.manifest import Manifest
-from pipelines.outcome import Cancelled, Ok, Rejected, RowOutcome
+from pipelines.outcome import Ok, Rejected, RowOutcome
 from pipelines.report import RowView, RunView, contact_sheet, render_report, results_table
 from pipelines.storage import StoragePath
 
@@ -25,7 +25,7 @@ _PICTURES = {"photos": "photo", "faces": "face", "posters": "poster"}
 
 
 def publish(config: RunConfig, manifest: Manifest, ledger: Ledger) -> StoragePath:
-    """Write the run's views into its prefix and return the report's path. A row without a record shows as cancelled."""
+    """Write the run's views into its prefix and return the report's path; of a run that goes on, the rows so far."""
     view = _view(config, manifest, ledger)
     table = io.BytesIO()
     pq.write_table(results_table(view.rows), table)
@@ -47,7 +47,7 @@ def _view(config: RunConfig, manifest: Manifest, ledger: Ledger) -> RunView:
     started = files["run.json"].modified_s
 
     def row(row_id: str, prompt: str, tags: dict[str, str]) -> RowView:
-        outcome = outcomes.get(row_id, Cancelled(row_id=row_id, attempt=0))
+        outcome = outcomes[row_id]
         video = _video_path(outcome, config)
         shown = {
             name: (ledger.folder / f"{kind}/{row_id}.jpg").read_bytes()
@@ -66,13 +66,17 @@ def _view(config: RunConfig, manifest: Manifest, ledger: Ledger) -> RunView:
             href=posixpath.relpath(str(video), str(ledger.folder)) if video else None,
         )
 
-    rows = [(refusal.row_index, row(refusal.row_id, "", {})) for refusal in manifest.refusals]
+    rows = [
+        (refusal.row_index, row(refusal.row_id, "", {})) for refusal in manifest.refusals if refusal.row_id in outcomes
+    ]
     refused = {refusal.row_index for refusal in manifest.refusals}
     places = (index for index in range(len(manifest.requests) + len(refused)) if index not in refused)
     rows += [
         (index, row(request.row_id, request.prompt, dict(request.tags)))
         for index, request in zip(places, manifest.requests, strict=True)
+        if request.row_id in outcomes
     ]
+    going_on = len(manifest.requests) + len(refused) - len(rows)
     return RunView(
         run_id=config.run_id,
         started=_iso(started),
@@ -89,6 +93,7 @@ def _view(config: RunConfig, manifest: Manifest, ledger: Ledger) -> RunView:
             "renderers": config.num_renderers,
             "several faces in a photo": config.several_faces,
             "consent required": config.require_consent,
+            **({"rows not ended yet": going_on} if going_on else {}),
         },
     )
 

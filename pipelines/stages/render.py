@@ -80,27 +80,33 @@ class RenderStage(Stage):
         assert row.condition is not None
         assert row.identity is not None
         assert row.photo_sha256 is not None
-        request = row.request
-        key = video_key(request, row.photo_sha256, self.config.model_digest, self.config.engine)
+        request, identity = row.request, Identity.from_bytes(row.identity)
+        key = video_key(
+            request,
+            photo_sha256=row.photo_sha256,
+            face_nets=identity.pack,
+            model_digest=self.config.model_digest,
+            settings=self.config.engine,
+        )
         stored = self.ledger.find_video(key)
         reused = stored is not None
         if stored is None:
             with tempfile.TemporaryDirectory(prefix="echovideo-") as folder:
-                takes = self._takes(row, key, Path(folder))
+                takes = self._takes(row, identity, key, Path(folder))
                 best = max(takes, key=lambda take: take.rank)
-                stored = self.ledger.put_video(key, Path(best.video.uri), self._sidecar(row, key, takes, best))
+                stored = self.ledger.put_video(
+                    key, Path(best.video.uri), self._sidecar(row, identity, key, takes, best)
+                )
                 poster = sample_mp4(Path(best.video.uri), 1)[0]
         else:
             poster = sample_mp4(StoragePath.parse(stored.uri, self.config.storage).read_bytes(), 1)[0]
         self.keep_picture("posters", row, poster)
         return row.ended(_outcome(row, stored, claim, reused=reused))
 
-    def _takes(self, row: Row, key: str, folder: Path) -> list[Take]:
+    def _takes(self, row: Row, identity: Identity, key: str, folder: Path) -> list[Take]:
         """Render seed after seed until one reaches the gate, or all tries are spent."""
         assert row.condition is not None
-        assert row.identity is not None
         request, condition = row.request, Condition.from_bytes(row.condition)
-        identity = Identity.from_bytes(row.identity)
         gate = request.face_similarity if self.analyzer is not None else None
         takes: list[Take] = []
         for seed in derived_seeds(request.seed, request.tries if gate is not None else 1):
@@ -144,8 +150,8 @@ class RenderStage(Stage):
         }
         return {"title": request.prompt[:200], "comment": json.dumps(made_by, sort_keys=True)}
 
-    def _sidecar(self, row: Row, key: str, takes: list[Take], best: Take) -> dict[str, Any]:
-        request, identity = row.request, Identity.from_bytes(row.identity or b"")
+    def _sidecar(self, row: Row, identity: Identity, key: str, takes: list[Take], best: Take) -> dict[str, Any]:
+        request = row.request
         return {
             "sidecar_version": SIDECAR_VERSION,
             "video_key": key,

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -10,10 +11,15 @@ REQUEST = RenderRequest(row_id="a", prompt="waves", photo_uri="a.png", seed=7)
 SETTINGS = EngineSettings()
 
 
+def key_of(request: RenderRequest = REQUEST, **changes: Any) -> str:
+    values = {"photo_sha256": "photo", "face_nets": "nets", "model_digest": "model", "settings": SETTINGS}
+    return video_key(request, **{**values, **changes})
+
+
 def test_video_key_ignores_what_decides_no_pixel() -> None:
-    key = video_key(REQUEST, "photo", "model", SETTINGS)
+    key = key_of()
     other = replace(REQUEST, row_id="b", photo_uri="copy/of/a.png", consent_id="c", tags={"x": "y"})
-    assert video_key(other, "photo", "model", SETTINGS) == key
+    assert key_of(other) == key
     assert len(key) == 64
 
 
@@ -36,19 +42,19 @@ def test_video_key_ignores_what_decides_no_pixel() -> None:
     ],
 )
 def test_video_key_changes_with_each_deciding_value(change: dict[str, object]) -> None:
-    changed = replace(REQUEST, **change)
-    assert video_key(changed, "photo", "model", SETTINGS) != video_key(REQUEST, "photo", "model", SETTINGS)
+    assert key_of(replace(REQUEST, **change)) != key_of()
 
 
 def test_video_key_changes_with_photo_model_and_engine() -> None:
     keys = {
-        video_key(REQUEST, "photo", "model", SETTINGS),
-        video_key(REQUEST, "other photo", "model", SETTINGS),
-        video_key(REQUEST, "photo", "other model", SETTINGS),
-        video_key(REQUEST, "photo", "model", EngineSettings(num_threads=1)),
-        video_key(REQUEST, "photo", "model", EngineSettings(device="cuda")),
+        key_of(),
+        key_of(photo_sha256="other"),
+        key_of(face_nets="other"),
+        key_of(model_digest="other"),
+        key_of(settings=EngineSettings(num_threads=1)),
+        key_of(settings=EngineSettings(device="cuda")),
     }
-    assert len(keys) == 5
+    assert len(keys) == 6
 
 
 def test_derived_seeds_start_with_the_rows_own_and_never_repeat() -> None:

@@ -251,6 +251,16 @@ def test_run_that_cannot_start_is_refused_before_any_work(tmp_path: Path, stub_m
     assert ledger_of(config).counts()["ok"] == 0
 
 
+def test_run_of_a_damaged_model_is_refused_with_the_file(tmp_path: Path, tiny_folder: Path) -> None:
+    model = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    config = config_for([row("a")], tmp_path, model)
+    with pytest.raises(RunError, match=r"diffusion_pytorch_model.safetensors is truncated") as caught:
+        drive(config)
+    assert caught.value.code == "stage_failed"
+
+
 def test_run_strict_with_a_bad_row_is_refused_whole(tmp_path: Path, stub_model: Path) -> None:
     config = config_for([row("good"), row("bad", tier="high")], tmp_path, stub_model, strict=True)
     with pytest.raises(RunError, match="row 1: tier") as caught:
