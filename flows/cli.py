@@ -21,6 +21,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from echovideo.errors import EchoVideoError
+from flows import DEFAULT_MODELS
 from flows.console import COLOURS, LiveBatch, counts_text, err, facts_table, out, print_error, print_json, rows_table
 
 if TYPE_CHECKING:
@@ -88,8 +89,6 @@ Output = Annotated[str, typer.Argument(help="Folder or s3://bucket/prefix that h
 RunId = Annotated[str | None, typer.Argument(help="The run; the newest by default.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
-_MODELS = Path("~/.cache/echovideo/models")
-
 
 @app.command()
 def render(
@@ -107,7 +106,7 @@ def render(
     guidance: Guidance = 6.0,
     fps: Fps = 16,
     device: Device = "auto",
-    models: ModelsFolder = _MODELS,
+    models: ModelsFolder = DEFAULT_MODELS,
     json: Json = False,
 ) -> None:
     """Render one video in this process."""
@@ -178,7 +177,7 @@ def identity(
     several_faces: Annotated[
         Literal["largest", "reject"], typer.Option(help="Take the largest of several faces, or refuse.")
     ] = "largest",
-    models: ModelsFolder = _MODELS,
+    models: ModelsFolder = DEFAULT_MODELS,
     json: Json = False,
 ) -> None:
     """Show what the face step sees in a photo, or why it refuses it."""
@@ -220,7 +219,7 @@ def identity(
 
 
 @app.command()
-def doctor(models: ModelsFolder = _MODELS, json: Json = False) -> None:
+def doctor(models: ModelsFolder = DEFAULT_MODELS, json: Json = False) -> None:
     """Check what this machine has; exits 1 if something it needs is missing."""
     from flows.doctor import checks
 
@@ -247,7 +246,7 @@ def models_pull(
         list[str] | None, typer.Argument(help='"tiny", or hub models: owner/name or their address.')
     ] = None,
     yes: Yes = False,
-    models: ModelsFolder = _MODELS,
+    models: ModelsFolder = DEFAULT_MODELS,
     json: Json = False,
 ) -> None:
     """Build the tiny model, or fetch models from the Hugging Face Hub; says licence and size first."""
@@ -300,7 +299,7 @@ def batch_run(
     endpoint_url: EndpointUrl = None,
     renderers: Annotated[int, typer.Option(min=1, help="Engines side by side, each with a GPU of its own.")] = 1,
     cluster: Annotated[str | None, typer.Option(help="http:// address of a Ray cluster's jobs server.")] = None,
-    models: ModelsFolder = _MODELS,
+    models: ModelsFolder = DEFAULT_MODELS,
     json: Json = False,
 ) -> None:
     """Render every row of a manifest; the same manifest and settings resume where they stopped.
@@ -344,6 +343,9 @@ def batch_run(
         told = watcher.set(live)
         try:
             render_manifest(manifest, output, model, settings)
+        except KeyboardInterrupt:
+            err.print("Ended at once. Every committed video is kept; run the same batch again to resume.")
+            raise
         except CancelledRun:
             pass
         except RunError as error:
@@ -511,7 +513,11 @@ def _print_run(ledger: Ledger, config: RunConfig, num_rows: int, *, json: bool) 
         if len(troubled) > len(shown):
             out.print(f"[dim]and {len(troubled) - len(shown)} more without a video[/dim]")
         out.print()
-    state = Text.assemble(f"{num_rows} rows: ", counts_text(counts), f"  {waiting} waiting" if waiting else "")
+    state = Text.assemble(
+        f"{num_rows} row{'s' if num_rows != 1 else ''}: ",
+        counts_text(counts),
+        f"  {waiting} waiting" if waiting else "",
+    )
     facts: dict[str, object] = {"run": ledger.run_id, "": state}
     facts |= {"report": files.get(REPORT, "not written yet"), "results": files.get(RESULTS, "not written yet")}
     facts |= {"videos": videos, "model": f"{card.name}, {card.licence}"}

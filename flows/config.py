@@ -12,7 +12,8 @@ from echovideo.errors import RunError
 from echovideo.model.card import folder_digest
 from echovideo.request import FacePolicy
 from echovideo.settings import Device, EngineSettings
-from flows.models import DEFAULT_MODELS, find_model
+from flows import DEFAULT_MODELS
+from flows.models import find_model
 from pipelines.config import RunConfig
 from pipelines.manifest import Defaults, Manifest
 from pipelines.photo_reader import UriPolicy

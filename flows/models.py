@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from echovideo.errors import WeightsError
 from echovideo.model.card import PUBLISHED_LICENCE, PUBLISHED_MODEL, resolve_folder
 from pipelines.resources import check_disk
 
 TINY = "tiny"
-DEFAULT_MODELS = Path("~/.cache/echovideo/models")
-"""Where the tiny model is built."""
 
 LICENCE_NOTE = (
     f"{PUBLISHED_MODEL} is under {PUBLISHED_LICENCE}: non-commercial use only, with attribution.\n"
@@ -57,15 +55,15 @@ def hub_name(model: str) -> str | None:
 
 
 def hub_size(name: str) -> int:
-    """Return the bytes of a hub repository's files, the most that fetching it takes; raises WeightsError."""
+    """Return the bytes that fetching a hub repository may take, what is here already left out; raises WeightsError."""
     try:
-        files = HfApi().model_info(name, files_metadata=True).siblings or []
-    except (HfHubHTTPError, OSError) as error:
+        files = snapshot_download(name, dry_run=True)
+    except OSError as error:
         raise WeightsError(
             f"the hub could not be asked about {name}: {error}; check the name and this machine's network",
             code="hub_unreachable",
         ) from error
-    return sum(file.size or 0 for file in files)
+    return sum(file.file_size or 0 for file in files if file.will_download)
 
 
 def fetch(name: str, num_bytes: int) -> Path:

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Literal, Protocol
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from echovideo.errors import RunError
@@ -139,6 +140,11 @@ def _submit_job(run_id: str, entrypoint: str, jobs_address: str) -> ClusterSubmi
     try:
         client = JobSubmissionClient(jobs_address)
         known = {job.submission_id: job for job in client.list_jobs()}
+    except AuthenticationError as error:
+        raise RunError(
+            f"the Ray cluster at {jobs_address} wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH",
+            code="cluster_unauthorised",
+        ) from error
     except (ConnectionError, RuntimeError) as error:
         raise RunError(
             f"no Ray jobs server answers at {jobs_address}: {error}; give its http:// address, usually port 8265",
