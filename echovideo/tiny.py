@@ -24,14 +24,12 @@ from transformers import (
 )
 
 from echovideo.faces.recogniser import EMBEDDING_WIDTH, export_recogniser
-from echovideo.model.card import ModelCard, write_card
+from echovideo.model.card import TINY, write_card
 from echovideo.model.config import TransformerConfig
 from echovideo.model.transformer import EchoVideoTransformer3DModel
 from echovideo.pipeline import EchoVideoPipeline
 
-VERSION = 1
 SEED = 20250122
-CARD = ModelCard(name=f"tiny-{VERSION}", licence="Apache-2.0", trained=False)
 _WIDTH = 128
 _VOCABULARY = 2048
 
@@ -120,12 +118,12 @@ def build_tiny(folder: Path) -> None:
     pipeline.save_pretrained(folder)
     (folder / "face_encoder").mkdir()
     export_recogniser(folder / "face_encoder" / "recogniser.onnx")
-    write_card(CARD, folder)
+    write_card(TINY, folder)
 
 
 def ensure_tiny(models: Path) -> Path:
     """Return the tiny model's folder under `models`, building it there once; safe against a second builder."""
-    folder = models / CARD.name
+    folder = models / TINY.name
     if folder.is_dir():
         return folder
     models.mkdir(parents=True, exist_ok=True)

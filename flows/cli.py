@@ -251,16 +251,16 @@ def models_pull(
 ) -> None:
     """Build the tiny model, or fetch models from the Hugging Face Hub; says licence and size first."""
     from echovideo.errors import WeightsError
-    from flows.models import LICENCE_NOTE, TINY, fetch, find_model, hub_name, hub_size
+    from flows.models import LICENCE_NOTE, TINY_NAME, fetch, find_model, hub_name, hub_size
 
     folders: dict[str, str] = {}
-    for name in names or [TINY]:
-        if name == TINY:
-            folders[name] = str(find_model(TINY, models))
+    for name in names or [TINY_NAME]:
+        if name == TINY_NAME:
+            folders[name] = str(find_model(TINY_NAME, models))
             continue
         repository = hub_name(name)
         if repository is None:
-            raise WeightsError(f"{name} is neither {TINY!r} nor a hub model, owner/name")
+            raise WeightsError(f"{name} is neither {TINY_NAME!r} nor a hub model, owner/name")
         num_bytes = hub_size(repository)
         err.print(f"{repository}: at most {num_bytes / 1e9:.1f} GB\n{LICENCE_NOTE}")
         if not yes:
@@ -480,12 +480,11 @@ def _open_run(output: str, run_id: str | None, endpoint_url: str | None) -> tupl
 
 def _print_run(ledger: Ledger, config: RunConfig, num_rows: int, *, json: bool) -> None:
     """Print how a run stands and where its results are."""
-    from echovideo.model.card import read_card
     from pipelines.publish import REPORT, RESULTS
 
     outcomes = ledger.outcomes()
     counts = ledger.counts()
-    card = read_card(Path(config.model))
+    card = config.card
     waiting = num_rows - len(outcomes)
     videos = ledger.root / "videos"
     rows = [_row_line(outcome, videos) for _, outcome in sorted(outcomes.items())]
@@ -497,6 +496,7 @@ def _print_run(ledger: Ledger, config: RunConfig, num_rows: int, *, json: bool) 
                 "run_id": ledger.run_id,
                 "rows": num_rows,
                 "waiting": waiting,
+                "running": ledger.is_driven(),
                 "counts": counts,
                 "model": asdict(card),
                 "cancel_requested": ledger.cancel_requested(),
@@ -517,6 +517,7 @@ def _print_run(ledger: Ledger, config: RunConfig, num_rows: int, *, json: bool) 
         f"{num_rows} row{'s' if num_rows != 1 else ''}: ",
         counts_text(counts),
         f"  {waiting} waiting" if waiting else "",
+        "  (running)" if ledger.is_driven() else "  (not running: batch run resumes)" if waiting else "",
     )
     facts: dict[str, object] = {"run": ledger.run_id, "": state}
     facts |= {"report": files.get(REPORT, "not written yet"), "results": files.get(RESULTS, "not written yet")}

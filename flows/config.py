@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from echovideo.errors import RunError
-from echovideo.model.card import folder_digest
+from echovideo.model.card import ModelCard, folder_digest, read_card
 from echovideo.request import FacePolicy
 from echovideo.settings import Device, EngineSettings
 from flows import DEFAULT_MODELS
@@ -63,6 +63,7 @@ def plan_run(manifest: str, output: str, model: str, settings: BatchSettings) ->
         output=str(StoragePath.parse(output, storage)),
         model="",
         model_digest="",
+        card=ModelCard(),
         defaults=settings.defaults,
         uri_policy=_policy(path, settings.allowed_roots, settings.allowed_hosts),
         storage=storage,
@@ -76,7 +77,7 @@ def plan_run(manifest: str, output: str, model: str, settings: BatchSettings) ->
     )
     checked = validate(draft)
     folder = find_model(model, Path(settings.models))
-    return replace(draft, model=str(folder), model_digest=folder_digest(folder)), checked
+    return replace(draft, model=str(folder), model_digest=folder_digest(folder), card=read_card(folder)), checked
 
 
 def choose_device(choice: DeviceChoice) -> Device:

@@ -23,8 +23,7 @@ from echovideo.errors import EchoVideoError
 from echovideo.faces.mtcnn import MtcnnDetector
 from echovideo.faces.parsing import MeshParser
 from echovideo.faces.recogniser import load_recogniser
-from echovideo.model.card import read_card
-from echovideo.tiny import CARD
+from echovideo.model.card import TINY, read_card
 
 CheckStatus = Literal["ok", "warning", "missing", "absent"]
 
@@ -161,7 +160,7 @@ def _folder(name: str, folder: Path) -> Check:
 
 
 def _tiny(models: Path) -> Check:
-    folder = models / CARD.name
+    folder = models / TINY.name
     if not folder.is_dir():
         return Check(
             name="tiny model",

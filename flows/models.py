@@ -9,10 +9,10 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from echovideo.errors import WeightsError
-from echovideo.model.card import PUBLISHED_LICENCE, PUBLISHED_MODEL, resolve_folder
+from echovideo.model.card import PUBLISHED_LICENCE, PUBLISHED_MODEL, TINY, resolve_folder
 from pipelines.resources import check_disk
 
-TINY = "tiny"
+TINY_NAME = "tiny"
 
 LICENCE_NOTE = (
     f"{PUBLISHED_MODEL} is under {PUBLISHED_LICENCE}: non-commercial use only, with attribution.\n"
@@ -28,7 +28,10 @@ def find_model(model: str, models: Path) -> Path:
 
     Fetches nothing, so that nobody gets 40 GB and a licence by surprise. Raises WeightsError.
     """
-    if model == TINY:
+    if model == TINY_NAME:
+        built = models.expanduser() / TINY.name
+        if built.is_dir():
+            return built.resolve()
         # Building a model needs torch and transformers, which most commands never load.
         from echovideo.tiny import ensure_tiny
 
@@ -38,7 +41,7 @@ def find_model(model: str, models: Path) -> Path:
         return folder.resolve()
     name = hub_name(model)
     if name is None:
-        raise WeightsError(f"there is no model folder {model}; give a folder, {TINY!r} or a hub name, owner/name")
+        raise WeightsError(f"there is no model folder {model}; give a folder, {TINY_NAME!r} or a hub name, owner/name")
     try:
         return Path(snapshot_download(name, local_files_only=True))
     except LocalEntryNotFoundError as error:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import fields
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -117,12 +116,10 @@ def submit(config: RunConfig, *, jobs_address: str | None = None, logs: Path | N
     """Record the run and start its driver: here, or as a job of the cluster whose jobs server is at `jobs_address`.
 
     A cluster's job that already works on the run is followed, not doubled. `logs` is the folder of local drivers'
-    logs. Raises RunError `recorded_differently` when the run stands recorded with another place or number of
-    renderers, `cluster_unreachable`, `job_refused`.
+    logs. Raises RunError `cluster_unreachable`, `cluster_unauthorised` or `job_refused`.
     """
     ledger = Ledger(config.output_path, config.run_id)
     ledger.write_config(config.to_record())
-    _check_recorded(config, RunConfig.from_record(ledger.read_config()))
     arguments = ["-m", "pipelines.run", str(ledger.folder / "run.json")]
     if config.storage.endpoint_url:
         arguments += ["--endpoint-url", config.storage.endpoint_url]
@@ -162,18 +159,3 @@ def _submit_job(run_id: str, entrypoint: str, jobs_address: str) -> ClusterSubmi
         if job_id not in {job.submission_id for job in client.list_jobs()}:
             raise RunError(f"the Ray cluster at {jobs_address} refused the job: {error}", code="job_refused") from error
     return ClusterSubmission(client, job_id)
-
-
-def _check_recorded(asked: RunConfig, recorded: RunConfig) -> None:
-    """Raise RunError unless the driver, which reads the record, would do what is asked now."""
-    differences = [
-        f"{item.name} {getattr(recorded, item.name)!r}, now {getattr(asked, item.name)!r}"
-        for item in fields(RunConfig)
-        if getattr(recorded, item.name) != getattr(asked, item.name)
-    ]
-    if differences:
-        raise RunError(
-            f"run {asked.run_id} stands recorded with {'; '.join(differences)}. Run it as recorded, or delete it first "
-            f"with: echovideo batch delete {asked.output} {asked.run_id}",
-            code="recorded_differently",
-        )

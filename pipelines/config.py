@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
+from echovideo.model.card import ModelCard
 from echovideo.request import FacePolicy
 from echovideo.settings import EngineSettings
 from pipelines.ledger import run_id_for
@@ -20,7 +21,7 @@ class RunConfig:
     """One run of one manifest into one output root.
 
     `manifest` and `output` are addresses (a local path or s3://), `model` a model folder's path on every machine of
-    the cluster, `model_digest` its `folder_digest`, `num_renderers` how many engines work side by side.
+    the cluster, `model_digest` its `folder_digest`, `card` its card, `num_renderers` how many engines work abreast.
     `ray_address` is "local" for a Ray of the driver's own, or what ray.init takes. `strict` refuses the whole batch
     for one bad row.
     """
@@ -30,6 +31,7 @@ class RunConfig:
     output: str
     model: str
     model_digest: str
+    card: ModelCard
     defaults: Defaults = field(default_factory=Defaults)
     uri_policy: UriPolicy = field(default_factory=UriPolicy)
     storage: StorageOptions = field(default_factory=StorageOptions)
@@ -73,7 +75,13 @@ class RunConfig:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
         """Return the config of a `to_record` dict that may have been through JSON."""
-        nested = {"defaults": Defaults, "uri_policy": UriPolicy, "storage": StorageOptions, "engine": EngineSettings}
+        nested = {
+            "card": ModelCard,
+            "defaults": Defaults,
+            "uri_policy": UriPolicy,
+            "storage": StorageOptions,
+            "engine": EngineSettings,
+        }
         values = {
             name: nested[name](**_tuples(nested[name], value)) if name in nested else value
             for name, value in record.items()

@@ -154,8 +154,8 @@ class Ledger:
         return self.root / "runs" / self.run_id
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Record what the run was asked to do, once."""
-        (self.folder / "run.json").write_json_if_absent(dict(config))
+        """Record what the run was asked to do; a later turn may be asked to do it elsewhere, or wider."""
+        (self.folder / "run.json").write_json(dict(config))
 
     def read_config(self) -> dict[str, Any]:
         """Return what the run was asked to do; raises NotFoundError for a run that never started."""
@@ -187,6 +187,14 @@ class Ledger:
                 code="already_running",
             )
         return Epoch(number, self._epochs, self.heartbeat_s)
+
+    def is_driven(self) -> bool:
+        """Return whether a driver lives that works on the run."""
+        try:
+            self._check_idle()
+        except RunError:
+            return True
+        return False
 
     def claim(
         self, row_id: str, epoch: int, stage: str, node: str, node_alive: Callable[[str], bool]

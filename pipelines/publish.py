@@ -6,11 +6,9 @@ import io
 import os
 import posixpath
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from echovideo.model.card import read_card
 from pipelines.config import RunConfig
 from pipelines.ledger import Ledger
 from pipelines.manifest import Manifest
@@ -40,11 +38,10 @@ def publish(config: RunConfig, manifest: Manifest, ledger: Ledger) -> StoragePat
 
 def _view(config: RunConfig, manifest: Manifest, ledger: Ledger) -> RunView:
     outcomes = ledger.outcomes()
-    card = read_card(Path(config.model))
     files = {file.path: file for file in ledger.folder.list_files()}
     pictures = {path for path in files if path.split("/")[0] in _PICTURES}
     ended = [file.modified_s for path, file in files.items() if path.startswith(("outcomes/", "attempts/"))]
-    started = files["run.json"].modified_s
+    started = files["epochs/1.json"].modified_s
 
     def row(row_id: str, prompt: str, tags: dict[str, str]) -> RowView:
         outcome = outcomes[row_id]
@@ -81,9 +78,9 @@ def _view(config: RunConfig, manifest: Manifest, ledger: Ledger) -> RunView:
         run_id=config.run_id,
         started=_iso(started),
         finished=_iso(max(ended, default=started)),
-        model=card.name,
-        trained=card.trained,
-        licence=card.licence,
+        model=config.card.name,
+        trained=config.card.trained,
+        licence=config.card.licence,
         rows=tuple(view for _, view in sorted(rows, key=lambda item: item[0])),
         settings={
             "manifest": os.path.basename(config.manifest),

@@ -25,6 +25,10 @@ class ModelCard:
     trained: bool = True
 
 
+TINY = ModelCard(name="tiny-1", licence="Apache-2.0", trained=False)
+"""The embedded model; its number is raised with every change of its weights."""
+
+
 def read_card(folder: Path) -> ModelCard:
     """Return the folder's model card."""
     path = folder / "model_card.json"

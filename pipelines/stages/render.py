@@ -20,7 +20,7 @@ from echovideo.conditioning import Condition
 from echovideo.engine import Engine, Rendered
 from echovideo.faces.analyzer import FaceAnalyzer, FaceScore, Identity, compare
 from echovideo.faces.packs import open_pack
-from echovideo.model.card import ModelCard, read_card
+from echovideo.model.card import ModelCard
 from echovideo.request import RenderRequest
 from echovideo.settings import deciding_values, derived_seeds, video_key
 from echovideo.video import Video, encode_mp4, sample_mp4
@@ -64,10 +64,9 @@ class RenderStage(Stage):
 
     def __init__(self, config: RunConfig, epoch: int) -> None:
         super().__init__(config, epoch)
-        self.card = read_card(Path(config.model))
         self.renderer = self.open_renderer()
         # An untrained model draws nobody, so there is no face to judge.
-        self.analyzer = FaceAnalyzer(open_pack(Path(config.model) / "face_encoder")) if self.card.trained else None
+        self.analyzer = FaceAnalyzer(open_pack(Path(config.model) / "face_encoder")) if config.card.trained else None
         self._gpu = threading.Lock()
         self._analyzing = threading.Lock()
 
@@ -140,9 +139,9 @@ class RenderStage(Stage):
     def _metadata(self, request: RenderRequest, key: str, seed: int) -> dict[str, str]:
         made_by = {
             "generator": "EchoVideo",
-            "model": self.card.name,
+            "model": self.config.card.name,
             "model_digest": self.config.model_digest,
-            "licence": self.card.licence,
+            "licence": self.config.card.licence,
             "tier": request.tier,
             "seed": seed,
             "video_key": key,
@@ -161,7 +160,7 @@ class RenderStage(Stage):
                 "photo_sha256": row.photo_sha256,
             },
             "first_made_for": {"run_id": self.config.run_id, "row_id": request.row_id},
-            "model": {**asdict(self.card), "digest": self.config.model_digest, "face_nets": identity.pack},
+            "model": {**asdict(self.config.card), "digest": self.config.model_digest, "face_nets": identity.pack},
             "engine": self.config.engine.numerics,
             "tier": request.tier,
             "video": {name: value for name, value in asdict(best.video).items() if name != "uri"},
@@ -175,7 +174,7 @@ class RenderStage(Stage):
                 }
                 for take in takes
             ],
-            "face_judged": judged_note(self.card),
+            "face_judged": judged_note(self.config.card),
         }
 
 

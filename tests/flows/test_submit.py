@@ -16,8 +16,10 @@ import pytest
 from ray.job_submission import JobSubmissionClient
 
 from echovideo.errors import RunError
+from echovideo.model.card import ModelCard
 from flows.submit import ClusterSubmission, LocalSubmission, submit
 from pipelines.config import RunConfig
+from pipelines.ledger import Ledger
 from tests.flows.conftest import ROOT, free_port, make_manifest, wait_for
 
 
@@ -34,7 +36,12 @@ def config(photos: Path, tmp_path: Path) -> RunConfig:
     """A run that its driver refuses at once, since the manifest is not the one that was submitted."""
     manifest = make_manifest(tmp_path / "manifest.parquet", photos, {"one": "astronaut.png"})
     return RunConfig(
-        manifest=str(manifest), manifest_digest="0" * 64, output=str(tmp_path / "out"), model="", model_digest=""
+        manifest=str(manifest),
+        manifest_digest="0" * 64,
+        output=str(tmp_path / "out"),
+        model="",
+        model_digest="",
+        card=ModelCard(),
     )
 
 
@@ -91,11 +98,11 @@ def test_submit_local_driver_that_refuses_leaves_its_reason_in_the_log(config: R
     assert (tmp_path / "logs" / f"{config.run_id}.log").read_text() == submission.log_tail()
 
 
-def test_submit_run_recorded_with_other_renderers_is_refused(config: RunConfig, tmp_path: Path) -> None:
+def test_submit_again_with_more_renderers_records_them_for_the_driver(config: RunConfig, tmp_path: Path) -> None:
     submit(config, logs=tmp_path / "logs").stop()
-    with pytest.raises(RunError, match="num_renderers 1, now 2") as refusal:
-        submit(replace(config, num_renderers=2), logs=tmp_path / "logs")
-    assert refusal.value.code == "recorded_differently"
+    submit(replace(config, num_renderers=2), logs=tmp_path / "logs").stop()
+    recorded = Ledger(config.output_path, config.run_id).read_config()
+    assert RunConfig.from_record(recorded) == replace(config, num_renderers=2)
 
 
 def test_local_submission_stop_ends_the_driver_and_what_it_started(tmp_path: Path) -> None:

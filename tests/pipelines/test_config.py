@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from echovideo.model.card import ModelCard
 from echovideo.settings import EngineSettings
 from pipelines.config import RunConfig
 from pipelines.manifest import Defaults
@@ -16,6 +17,7 @@ CONFIG = RunConfig(
     output="out",
     model="models/tiny",
     model_digest="2" * 64,
+    card=ModelCard(name="tiny", licence="Apache-2.0", trained=False),
     defaults=Defaults(seed=3, tags={"studio": "north"}),
     uri_policy=UriPolicy(roots=("/photos",), https_hosts=("example.com",)),
 )

@@ -344,11 +344,19 @@ def test_cancel_is_seen_until_withdrawn(root: StoragePath) -> None:
     assert not ledger.cancel_requested()
 
 
-def test_config_is_written_once(root: StoragePath) -> None:
+def test_config_written_again_is_the_newer_one(root: StoragePath) -> None:
     ledger = Ledger(root, "run")
-    ledger.write_config({"tier": "exact"})
-    ledger.write_config({"tier": "fast"})
-    assert ledger.read_config() == {"tier": "exact"}
+    ledger.write_config({"num_renderers": 1})
+    ledger.write_config({"num_renderers": 2})
+    assert ledger.read_config() == {"num_renderers": 2}
+
+
+def test_ledger_is_driven_while_an_epoch_is_open(root: StoragePath) -> None:
+    ledger = Ledger(root, "run")
+    assert not ledger.is_driven()
+    with ledger.open_epoch():
+        assert ledger.is_driven()
+    assert not ledger.is_driven()
 
 
 # Videos

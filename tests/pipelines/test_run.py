@@ -25,7 +25,7 @@ from echovideo.conditioning import Condition
 from echovideo.errors import RunError
 from echovideo.faces.analyzer import FaceAnalyzer
 from echovideo.faces.packs import open_pack
-from echovideo.model.card import ModelCard, folder_digest, write_card
+from echovideo.model.card import ModelCard, folder_digest, read_card, write_card
 from echovideo.request import RenderRequest
 from echovideo.video import decode_mp4
 from pipelines.config import RunConfig
@@ -79,6 +79,7 @@ def config_for(rows: list[RenderRequest], folder: Path, model: Path, **changes: 
             "output": str(folder / "out"),
             "model": str(model),
             "model_digest": folder_digest(model),
+            "card": read_card(model),
             "uri_policy": UriPolicy(roots=(str(folder),)),
             **changes,
         }
@@ -305,6 +306,7 @@ def test_run_tiny_model_on_s3_renders_real_photographs(
         output=str(root / "out"),
         model=str(tiny_folder),
         model_digest=folder_digest(tiny_folder),
+        card=read_card(tiny_folder),
         uri_policy=UriPolicy(s3_buckets=(str(root).split("/")[2],)),
         storage=root.options,
     )
