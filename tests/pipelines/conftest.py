@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import secrets
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -32,7 +34,9 @@ def s3_options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StorageOpti
         options = StorageOptions(endpoint_url=f"http://127.0.0.1:{port}")
         with (folder / "log").open("wb") as log:
             command = [str(START_SCRIPT), str(folder / "data"), str(port)]
-            server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            # The server's program comes with the virtual environment, which need not be activated.
+            path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+            server = subprocess.Popen(command, env={**os.environ, "PATH": path}, stdout=log, stderr=subprocess.STDOUT)
         try:
             _wait_until_ready(server, StoragePath.parse("s3://echovideo/ready", options), folder / "log")
             yield options

@@ -247,7 +247,9 @@ def test_refused_credentials_are_named_with_what_to_do(s3_root: StoragePath) -> 
         assert child.stdout.decode().startswith(f"access_denied {s3_root}/x: {words}")
 
 
-def test_unreachable_endpoint_is_an_error_within_its_limits() -> None:
+def test_unreachable_endpoint_is_an_error_within_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anyone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
     path = StoragePath.parse("s3://b/x", StorageOptions(endpoint_url="http://127.0.0.1:9"))
     with pytest.raises(StorageError, match=r"127\.0\.0\.1:9 is up"):
         path.read_bytes()
