@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,8 +14,9 @@ import torch
 from echovideo.engine import check_device, model_dtype, to_uint8
 from echovideo.model.card import read_card
 from echovideo.pipeline import EchoVideoPipeline
+from echovideo.provenance import container_metadata, sidecar_basis
 from echovideo.request import RenderRequest
-from echovideo.settings import EngineSettings, check_tier, deciding_values
+from echovideo.settings import EngineSettings, check_tier
 from echovideo.video import encode_mp4
 
 
@@ -55,20 +57,10 @@ def render_one(
         to_uint8(output.frames),
         out,
         fps=request.fps,
-        metadata={
-            "title": request.prompt[:200],
-            "generator": "EchoVideo",
-            "model": card.name,
-            "licence": card.licence,
-            "tier": request.tier,
-            "seed": str(request.seed),
-            "ai_generated": "true",
-        },
+        metadata=container_metadata(request, card, seed=request.seed),
     )
     sidecar = {
-        "request": deciding_values(request),
-        "model": asdict(card),
-        "engine": settings.numerics,
+        **sidecar_basis(request, card, settings, photo_sha256=hashlib.sha256(request.photo_bytes).hexdigest()),
         "video": {**asdict(video), "uri": str(out.resolve())},
     }
     out.with_suffix(".json").write_text(json.dumps(sidecar, indent=1, sort_keys=True, ensure_ascii=False) + "\n")

@@ -30,17 +30,16 @@ class IdentityStage(Stage):
         self.identities: OrderedDict[str, bytes] = OrderedDict()
 
     def work(self, row: Row, claim: Claim) -> Row:
-        """Return the row with its photo's digest and identity; raises PhotoRefusedError or StorageError."""
+        """Return the row with its photo's identity; raises PhotoRefusedError or StorageError."""
         photo = row.request.photo_bytes
         if photo is None:
             assert row.request.photo_uri is not None
             photo = read_photo(row.request.photo_uri, self.config.uri_policy, self.config.storage, MAX_BYTES)
         # The picture comes first, because a refused photo is the one that people most want to see in the report.
         self.keep_picture("photos", row, decode_photo(photo))
-        photo_sha256 = hashlib.sha256(photo).hexdigest()
-        identity = self._identity(photo, photo_sha256)
+        identity = self._identity(photo, hashlib.sha256(photo).hexdigest())
         self.keep_picture("faces", row, Identity.from_bytes(identity).face_image)
-        return replace(row, photo_sha256=photo_sha256, identity=identity)
+        return replace(row, identity=identity)
 
     def _identity(self, photo: bytes, photo_sha256: str) -> bytes:
         if photo_sha256 in self.identities:

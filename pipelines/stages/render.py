@@ -5,7 +5,6 @@ One row holds the GPU at a time; while it denoises, the row before it is encoded
 
 from __future__ import annotations
 
-import json
 import tempfile
 import threading
 import time
@@ -20,9 +19,9 @@ from echovideo.conditioning import Condition
 from echovideo.engine import Engine, Rendered
 from echovideo.faces.analyzer import FaceAnalyzer, FaceScore, Identity, compare
 from echovideo.faces.packs import open_pack
-from echovideo.model.card import ModelCard
+from echovideo.provenance import container_metadata, sidecar_basis
 from echovideo.request import RenderRequest
-from echovideo.settings import deciding_values, derived_seeds, video_key
+from echovideo.settings import derived_seeds, video_key
 from echovideo.video import Video, encode_mp4, sample_mp4
 from pipelines.config import RunConfig
 from pipelines.ledger import Claim, StoredVideo
@@ -30,8 +29,6 @@ from pipelines.outcome import Ok, Rejected, RowOutcome
 from pipelines.stages.row import Row
 from pipelines.stages.stage import Stage
 from pipelines.storage import StoragePath
-
-SIDECAR_VERSION = 1
 
 
 class Renderer(Protocol):
@@ -78,11 +75,10 @@ class RenderStage(Stage):
         """Return the row ended with the video that its key already names, or with one rendered now."""
         assert row.condition is not None
         assert row.identity is not None
-        assert row.photo_sha256 is not None
         request, identity = row.request, Identity.from_bytes(row.identity)
         key = video_key(
             request,
-            photo_sha256=row.photo_sha256,
+            photo_sha256=identity.photo_sha256,
             face_nets=identity.pack,
             model_digest=self.config.model_digest,
             settings=self.config.engine,
@@ -91,7 +87,7 @@ class RenderStage(Stage):
         reused = stored is not None
         if stored is None:
             with tempfile.TemporaryDirectory(prefix="echovideo-") as folder:
-                takes = self._takes(row, identity, key, Path(folder))
+                takes = self._takes(row, identity, Path(folder))
                 best = max(takes, key=lambda take: take.rank)
                 stored = self.ledger.put_video(
                     key, Path(best.video.uri), self._sidecar(row, identity, key, takes, best)
@@ -102,7 +98,7 @@ class RenderStage(Stage):
         self.keep_picture("posters", row, poster)
         return row.ended(_outcome(row, stored, claim, reused=reused))
 
-    def _takes(self, row: Row, identity: Identity, key: str, folder: Path) -> list[Take]:
+    def _takes(self, row: Row, identity: Identity, folder: Path) -> list[Take]:
         """Render seed after seed until one reaches the gate, or all tries are spent."""
         assert row.condition is not None
         request, condition = row.request, Condition.from_bytes(row.condition)
@@ -116,7 +112,7 @@ class RenderStage(Stage):
                 rendered.frames_FHWC,
                 folder / f"{seed}.mp4",
                 fps=request.fps,
-                metadata=self._metadata(request, key, seed),
+                metadata=container_metadata(request, self.config.card, seed=seed),
             )
             encoded = time.perf_counter()
             score = self._score(identity, rendered.frames_FHWC)
@@ -136,33 +132,14 @@ class RenderStage(Stage):
         with self._analyzing:
             return compare(identity, self.analyzer.analyze_frames(frames_FHWC))
 
-    def _metadata(self, request: RenderRequest, key: str, seed: int) -> dict[str, str]:
-        made_by = {
-            "generator": "EchoVideo",
-            "model": self.config.card.name,
-            "model_digest": self.config.model_digest,
-            "licence": self.config.card.licence,
-            "tier": request.tier,
-            "seed": seed,
-            "video_key": key,
-            "ai_generated": True,
-        }
-        return {"title": request.prompt[:200], "comment": json.dumps(made_by, sort_keys=True)}
-
     def _sidecar(self, row: Row, identity: Identity, key: str, takes: list[Take], best: Take) -> dict[str, Any]:
-        request = row.request
+        config, request = self.config, row.request
+        basis = sidecar_basis(request, config.card, config.engine, photo_sha256=identity.photo_sha256)
         return {
-            "sidecar_version": SIDECAR_VERSION,
+            **basis,
+            "model": {**basis["model"], "digest": config.model_digest, "face_nets": identity.pack},
             "video_key": key,
-            "request": {
-                **deciding_values(request),
-                "consent_id": request.consent_id,
-                "photo_sha256": row.photo_sha256,
-            },
-            "first_made_for": {"run_id": self.config.run_id, "row_id": request.row_id},
-            "model": {**asdict(self.config.card), "digest": self.config.model_digest, "face_nets": identity.pack},
-            "engine": self.config.engine.numerics,
-            "tier": request.tier,
+            "first_made_for": {"run_id": config.run_id, "row_id": request.row_id},
             "video": {name: value for name, value in asdict(best.video).items() if name != "uri"},
             "seed": best.seed,
             "takes": [
@@ -174,13 +151,8 @@ class RenderStage(Stage):
                 }
                 for take in takes
             ],
-            "face_judged": judged_note(self.config.card),
+            "face_judged": "yes" if config.card.trained else "no: the model is untrained and draws no faces",
         }
-
-
-def judged_note(card: ModelCard) -> str:
-    """Return, in words, whether generated faces were compared with the photo."""
-    return "yes" if card.trained else "no: the model is untrained and draws no faces"
 
 
 def _outcome(row: Row, stored: StoredVideo, claim: Claim, *, reused: bool) -> RowOutcome:

@@ -18,12 +18,11 @@ from pipelines.outcome import Failed, Rejected, RowOutcome, from_record, to_reco
 class Row:
     """One row between two stages; once `outcome` is set, later stages pass it on untouched.
 
-    `identity` and `condition` are the records' own bytes (under 1 MB, about 4 MB), `photo_sha256` hex digits,
-    `timings` the seconds each stage has taken so far.
+    `identity` and `condition` are the records' own bytes (under 1 MB, about 4 MB), `timings` the seconds each stage
+    has taken so far.
     """
 
     request: RenderRequest
-    photo_sha256: str | None = None
     identity: bytes | None = None
     condition: bytes | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
@@ -33,7 +32,6 @@ class Row:
         """Return the row as one Ray Data row."""
         return {
             "request": pickle.dumps(self.request),
-            "photo_sha256": self.photo_sha256,
             "identity": self.identity,
             "condition": self.condition,
             "timings": json.dumps(dict(self.timings)),
@@ -46,7 +44,6 @@ class Row:
         outcome = columns["outcome"]
         return cls(
             request=pickle.loads(columns["request"]),
-            photo_sha256=columns["photo_sha256"],
             identity=columns["identity"],
             condition=columns["condition"],
             timings=json.loads(columns["timings"]),

@@ -9,7 +9,7 @@ REQUEST = RenderRequest(row_id="a", prompt="p", photo_bytes=b"photo", tags={"sho
 
 
 def test_row_columns_read_back_equal() -> None:
-    row = Row(request=REQUEST, photo_sha256="00", identity=b"i", condition=b"c", timings={"identity": 0.5})
+    row = Row(request=REQUEST, identity=b"i", condition=b"c", timings={"identity": 0.5})
     assert Row.from_columns(row.to_columns()) == row
 
 
