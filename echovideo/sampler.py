@@ -47,13 +47,13 @@ class SamplerState:
 
 
 def guidance_scales(schedule: GuidanceSchedule, scale: float, timesteps: tuple[int, ...]) -> tuple[float, ...]:
-    """Return the guidance scale of each step.
+    """Return the guidance scale of each step; a `scale` of 1 turns guidance off, whatever the schedule.
 
     "constant" is `scale`. The others follow 1 + scale (1 - cos(pi ((N - x) / N)^5)) / 2 for N steps: "cosine" with the
     step index as x, so that guidance falls from 1 + scale to 1; "published" with the timestep itself, which makes
     a wave between 1 and 1 + scale and is what the published results used.
     """
-    if schedule == "constant":
+    if schedule == "constant" or scale == 1:
         return (scale,) * len(timesteps)
     num_steps = len(timesteps)
     places = timesteps if schedule == "published" else range(num_steps)
@@ -117,15 +117,23 @@ def prepare(
 
 @torch.inference_mode()
 def denoise_step(transformer: EchoVideoTransformer3DModel, state: SamplerState) -> torch.Tensor:
-    """Return the guided velocity u + s (c - u) of the current step, (1, F, 16, h, w) float32."""
+    """Return the guided velocity u + s (c - u) of the current step, (1, F, 16, h, w) float32.
+
+    Where the scale s is 1 that is c, and the unconditional pass is left out.
+    """
     model_input = torch.cat([state.latents_BFCHW, state.face_latents_BFCHW], dim=2)
     timestep = torch.full((1,), state.timesteps[state.step], device=model_input.device)
+
+    def velocity(half: torch.Tensor) -> torch.Tensor:
+        return transformer.denoise(model_input, half, timestep, state.rotary).float()
+
     # Two passes of batch 1 cost what one of batch 2 does at this token count, in half the memory.
-    unconditional, conditional = (
-        transformer.denoise(model_input, condition, timestep, state.rotary).float()
-        for condition in state.condition_2ND.split(1)
-    )
-    return unconditional + state.guidance[state.step] * (conditional - unconditional)
+    unconditional, conditional = state.condition_2ND.split(1)
+    scale = state.guidance[state.step]
+    if scale == 1:
+        return velocity(conditional)
+    baseline = velocity(unconditional)
+    return baseline + scale * (velocity(conditional) - baseline)
 
 
 @torch.inference_mode()

@@ -83,6 +83,25 @@ def test_engine_on_gpu_renders_the_same_bytes_twice(tiny_folder: Path, condition
     assert np.array_equal(first, second)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+def test_pipeline_on_gpu_is_near_the_cpu_in_float32_and_finite_in_bfloat16(
+    tiny_folder: Path, astronaut_png: bytes
+) -> None:
+    call = {"prompt": "a person waves", "height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 4}
+    on_cpu, on_gpu, rounded = (
+        EchoVideoPipeline.from_pretrained(tiny_folder, dtype=dtype, device=device)(
+            astronaut_png, **call, generator=torch.Generator().manual_seed(1), output_type="np"
+        ).frames
+        for dtype, device in ((torch.float32, "cpu"), (torch.float32, "cuda"), (torch.bfloat16, "cuda"))
+    )
+    assert np.corrcoef(on_cpu.ravel(), on_gpu.ravel())[0, 1] > 0.999
+    # torch draws other normal numbers in bfloat16 from the same seed, so this is another picture.
+    assert rounded.shape == on_cpu.shape
+    assert np.isfinite(rounded).all()
+    assert rounded.std() > 0.05
+
+
 def test_pipeline_photo_and_prompt_render_a_video_of_that_photo(
     tiny_folder: Path, astronaut_png: bytes, hopper_jpg: bytes
 ) -> None:

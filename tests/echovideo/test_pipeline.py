@@ -83,6 +83,15 @@ def test_pipeline_impossible_call_is_refused_with_what_is_allowed(
         pipeline(**{**READY, **change})
 
 
+def test_pipeline_fuses_once_a_half_however_many_steps(
+    pipeline: EchoVideoPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuse, calls = pipeline.transformer.fuse, []
+    monkeypatch.setattr(pipeline.transformer, "fuse", lambda *inputs: calls.append(1) or fuse(*inputs))
+    pipeline(**{**READY, "num_inference_steps": 3}, output_type="latent")
+    assert len(calls) == 2
+
+
 def test_pipeline_seconds_are_rounded_to_allowed_frames(pipeline: EchoVideoPipeline) -> None:
     frames = pipeline(**{**READY, "num_frames": None, "seconds": 1.0}, output_type="pt").frames
     assert frames.shape[1] == 17

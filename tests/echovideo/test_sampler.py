@@ -7,6 +7,7 @@ import torch
 from echovideo.conditioning import Condition
 from echovideo.errors import RequestError
 from echovideo.pipeline import EchoVideoPipeline
+from echovideo.request import GuidanceSchedule
 from echovideo.sampler import SamplerState, advance, decode, denoise_step, guidance_scales, prepare
 from tests.echovideo.parity import make_pipeline, recorded
 
@@ -53,6 +54,11 @@ def test_guidance_cosine_falls_from_one_plus_scale_to_one() -> None:
     assert math.isclose(scales[-1], 1.0, abs_tol=1e-6)
 
 
+@pytest.mark.parametrize("schedule", ["published", "constant", "cosine"])
+def test_guidance_of_scale_one_is_off_in_every_schedule(schedule: GuidanceSchedule) -> None:
+    assert guidance_scales(schedule, 1.0, (999, 499)) == (1.0, 1.0)
+
+
 def test_guidance_constant_is_the_scale_at_every_step() -> None:
     assert guidance_scales("constant", 2.5, (999, 499)) == (2.5, 2.5)
 
@@ -81,7 +87,7 @@ def test_denoise_step_guidance_one_gives_the_conditional_velocity(
     model_input = torch.cat([state.latents_BFCHW, state.face_latents_BFCHW], dim=2)
     timestep = torch.tensor([999])
     expected = pipeline.transformer.denoise(model_input, condition.fused_2ND[1:], timestep, state.rotary)
-    assert torch.allclose(denoise_step(pipeline.transformer, state), expected, atol=1e-6)
+    assert torch.equal(denoise_step(pipeline.transformer, state), expected)
 
 
 def test_two_videos_interleaved_step_by_step_do_not_touch_each_other(
