@@ -7,7 +7,6 @@ import hashlib
 import io
 import itertools
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -298,11 +297,9 @@ def test_render_report_beyond_its_room_links_videos_and_does_not_read_them(rows:
     assert len(html) < MAX_EMBEDDED_BYTES + 100_000
 
 
-def test_render_report_of_1500_rows_is_quick_small_and_hides_finished_rows_first(rows: tuple[RowView, ...]) -> None:
+def test_render_report_of_1500_rows_is_small_and_hides_finished_rows_first(rows: tuple[RowView, ...]) -> None:
     many = [replace(rows[0], row_id=f"row-{index}") for index in range(1499)]
-    started = time.perf_counter()
     html = render_report(run_view((*many, replace(rows[5], row_id="the-dead-one"))))
-    assert time.perf_counter() - started < 10
     assert len(html.encode()) < 25_000_000
     assert html.count('<li class="card') == MAX_CARDS
     assert "500 more rows are in the results table" in html
