@@ -7,6 +7,7 @@ and person segmentation, whose weights are small enough to ship (Apache-2.0, see
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Protocol
 
 import cv2
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from ai_edge_litert.interpreter import Interpreter
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -177,15 +179,15 @@ def load_bisenet(checkpoint: Path) -> BiSeNet:
     """Return BiSeNet in eval mode from a .pth or .safetensors file; raises WeightsError naming what does not fit."""
     if not checkpoint.is_file():
         raise WeightsError(f"face parser weights not found: {checkpoint}")
-    state = (
-        load_file(checkpoint)
-        if checkpoint.suffix == ".safetensors"
-        else torch.load(checkpoint, map_location="cpu", weights_only=True)
-    )
     model = BiSeNet()
     try:
+        state = (
+            load_file(checkpoint)
+            if checkpoint.suffix == ".safetensors"
+            else torch.load(checkpoint, map_location="cpu", weights_only=True)
+        )
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (OSError, EOFError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise WeightsError(f"{checkpoint} is not a BiSeNet face parser with {_LABELS} labels: {error}") from error
     return model.eval().requires_grad_(False)
 

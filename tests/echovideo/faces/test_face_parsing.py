@@ -120,3 +120,15 @@ def test_bisenet_of_another_net_names_the_tensors_that_do_not_fit(tmp_path: Path
     torch.save({"weight": torch.zeros(2)}, tmp_path / "parsing_bisenet.pth")
     with pytest.raises(WeightsError, match=r"parsing_bisenet\.pth is not a BiSeNet"):
         load_bisenet(tmp_path / "parsing_bisenet.pth")
+
+
+@pytest.mark.parametrize("name", ["parsing_bisenet.pth", "parsing_bisenet.safetensors"])
+def test_load_bisenet_file_cut_short_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if path.suffix == ".pth":
+        torch.save(BiSeNet().state_dict(), path)
+    else:
+        save_file(BiSeNet().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(WeightsError, match="is not a BiSeNet"):
+        load_bisenet(path)
