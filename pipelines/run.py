@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run_json", help="address of a run's run.json")
     parser.add_argument("--endpoint-url", default=None, help="S3 endpoint that serves it, if not AWS's")
     options = parser.parse_args(arguments)
+    # A Ray that this process starts reports to nobody, unless its operator says otherwise.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     path = StoragePath.parse(options.run_json, StorageOptions(endpoint_url=options.endpoint_url))
     try:
         counts = drive(RunConfig.from_record(path.read_json()))
