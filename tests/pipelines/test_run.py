@@ -197,13 +197,13 @@ def test_run_driver_killed_and_started_again_renders_nothing_committed_twice(tmp
     assert drive(config, STUBS) == {"ok": 8, "rejected": 0, "failed": 0, "dead": 0, "cancelled": 0}
     rendered = renders(config)
     assert {row_id: rendered[row_id] for row_id in at_kill} == dict.fromkeys(at_kill, 1)
-    # What was in flight at the kill may be rendered again: one row on the GPU and one being encoded.
-    assert sum(rendered.values()) <= 8 + 2
+    # What was in flight at the kill may be rendered again: Ray gives an actor of two threads up to four rows.
+    assert sum(rendered.values()) <= 8 + 4
     assert len(list((tmp_path / "out" / "videos").rglob("*.mp4"))) == 8
 
 
 def test_run_cancelled_keeps_what_is_done_and_the_next_run_finishes(tmp_path: Path, stub_model: Path) -> None:
-    rows = [row(f"row-{i}", i) for i in range(12)]
+    rows = [row(f"row-{i}", i) for i in range(16)]
     config = config_for(rows, tmp_path, stub_model)
     ledger = ledger_of(config)
 
@@ -215,13 +215,13 @@ def test_run_cancelled_keeps_what_is_done_and_the_next_run_finishes(tmp_path: Pa
     canceller.start()
     counts = drive(config, STUBS)
     canceller.join()
-    assert counts["ok"] + counts["cancelled"] == 12
+    assert counts["ok"] + counts["cancelled"] == 16
     assert counts["ok"] >= 1
     assert counts["cancelled"] >= 1
     before = renders(config)
 
     ledger.withdraw_cancel()
-    assert drive(config, STUBS)["ok"] == 12
+    assert drive(config, STUBS)["ok"] == 16
     assert all(count == 1 for row_id, count in renders(config).items() if row_id in before)
 
 
