@@ -233,8 +233,10 @@ def _sheet_line(row: RowView, sheet: _Sheet) -> Image.Image:
     height = max([sheet.face, *(picture.height for picture in pictures)])
     line = Image.new("RGB", (sheet.width, height + 2 * gap), "white")
     draw = ImageDraw.Draw(line)
-    if row.face is not None:
-        line.paste(_fit(_open(row.face), sheet.face, height), (gap, gap))
+    # A refused photo has no face to show, and is what one looks for.
+    reference = row.face or row.photo
+    if reference is not None:
+        line.paste(_fit(_open(reference), sheet.face, height), (gap, gap))
 
     left = 2 * gap + sheet.face
     look = LOOKS[kind_of(row.outcome)]

@@ -204,6 +204,15 @@ def test_contact_sheet_shows_the_face_and_six_frames(rows: tuple[RowView, ...]) 
     assert min(np.abs(a - b).mean() for a, b in itertools.pairwise(frames)) > 3
 
 
+def test_contact_sheet_row_without_a_face_shows_its_photo(rows: tuple[RowView, ...]) -> None:
+    faceless = replace(rows[0], face=None, read_mp4=None)
+    place = np.s_[10:60, 10:60]
+    with_photo = np.asarray(contact_sheet([faceless], width=1000))[place]
+    without = np.asarray(contact_sheet([replace(faceless, photo=None)], width=1000))[place]
+    assert without.min() > 250
+    assert with_photo.std() > 20
+
+
 def test_contact_sheet_of_1000_rows_is_capped_and_says_how_many_are_hidden(rows: tuple[RowView, ...]) -> None:
     row = rows[5]
     full = contact_sheet([row] * MAX_SHEET_ROWS)
