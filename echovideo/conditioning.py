@@ -57,11 +57,6 @@ def encode_prompt(
     return states
 
 
-def count_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
-    """Return how many tokens the whole prompt has, the end token included."""
-    return len(tokenizer(prompt).input_ids)
-
-
 @torch.inference_mode()
 def encode_face_tokens(
     image_processor: SiglipImageProcessorPil, image_encoder: SiglipVisionModel, face_image: np.ndarray[Any, Any]
