@@ -86,7 +86,9 @@ def _number(name: str, meaning: str) -> Column:
 
 COLUMNS = (
     _text("row_id", "Unique name of the row: letters, digits, '.', '_', '-', at most 128.", required=True),
-    _text("prompt", "What the person does, at most 4000 characters; the model reads the first 226 tokens.", required=True),
+    _text(
+        "prompt", "What the person does, at most 4000 characters; the model reads the first 226 tokens.", required=True
+    ),
     _text("photo_uri", "The photo: a path (relative to the manifest's folder), file://, s3:// or https://."),
     Column(
         name="photo_bytes",

@@ -109,7 +109,8 @@ def save_transformer(model: EchoVideoTransformer3DModel, folder: Path) -> None:
 
 def save_vae(vae: AutoencoderKLCogVideoX, folder: Path) -> None:
     """Write `vae/` in the published layout."""
-    save_weights(vae, folder / "vae", _plain(vae.config), "diffusion_pytorch_model")
+    config = {"_class_name": type(vae).__name__, **_plain(vae.config)}
+    save_weights(vae, folder / "vae", config, "diffusion_pytorch_model")
 
 
 def save_text_encoder(model: T5EncoderModel, folder: Path) -> None:
@@ -123,7 +124,8 @@ def save_image_encoder(model: SiglipVisionModel, folder: Path) -> None:
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name != "_name_or_path"}
+    """Leave out diffusers' own notes: one of them is a list in hash order, other bytes in every process."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 @contextmanager
