@@ -496,8 +496,8 @@ def _multiply(
     else:
         # A tile of n blocks takes n - 1 turns. The first group need not wait for its first.
         hopper.mbarrier.wait(turns.index(index), ((step - turn) & 1) ^ (1 if index == 0 else 0))
-        s = hopper.warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
         o = hopper.warpgroup_mma(p, v, o, is_async=True)
+        s = hopper.warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
         hopper.mbarrier.arrive(turns.index((index + 1) % 4), count=1)
         s, o = hopper.warpgroup_mma_wait(0, deps=[s, o])
     hopper.mbarrier.arrive(kv_free.index(this), count=1)

@@ -73,8 +73,8 @@ def linear_float8(
 ) -> torch.Tensor:
     """Return x W^T + b in bfloat16, (..., O), of an x (..., I) and a weight that `quantize_rows` made; for inference.
 
-    Raises ValueError for shapes or dtypes that do not fit, for widths that 16 does not divide, and on a CUDA GPU
-    whose capability is below 9.0, which has no row-wise FP8 product.
+    Raises ValueError for shapes or dtypes that do not fit, for widths that 16 does not divide, and on a GPU of CUDA
+    capability below 9.0, which has no row-wise FP8 product.
     """
     if x_float8.dtype != torch.float8_e4m3fn or weight_float8_OI.dtype != torch.float8_e4m3fn:
         raise ValueError(f"x and weight must be float8_e4m3fn, and are {x_float8.dtype} and {weight_float8_OI.dtype}")
@@ -90,9 +90,24 @@ def linear_float8(
             f"I and O divisible by 16, not {tuple(x_float8.shape)}, {tuple(x_scale.shape)}, "
             f"{tuple(weight_float8_OI.shape)}, {tuple(weight_scale_O.shape)} and {tuple(bias_O.shape)}"
         )
+    out: torch.Tensor = _linear_float8(x_float8, x_scale, weight_float8_OI, weight_scale_O, bias_O)
+    return out
+
+
+@torch.library.custom_op("echovideo::linear_float8", mutates_args=())
+def _linear_float8(
+    x_float8: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight_float8_OI: torch.Tensor,
+    weight_scale_O: torch.Tensor,
+    bias_O: torch.Tensor,
+) -> torch.Tensor:
     if not x_float8.is_cuda:
         return linear_float8_reference(x_float8, x_scale, weight_float8_OI, weight_scale_O, bias_O)
-    out = torch._scaled_mm(
+    capability = torch.cuda.get_device_capability(x_float8.device)
+    if capability < (9, 0):
+        raise ValueError(f"row-wise FP8 products need CUDA capability 9.0, and this GPU's is {capability}")
+    out: torch.Tensor = torch._scaled_mm(
         x_float8.reshape(-1, x_float8.shape[-1]),
         weight_float8_OI.t(),
         scale_a=x_scale.reshape(-1, 1),
@@ -102,6 +117,11 @@ def linear_float8(
         use_fast_accum=True,
     )
     return out.view(*x_float8.shape[:-1], len(bias_O))
+
+
+@_linear_float8.register_fake
+def _(x_float8: torch.Tensor, x_scale: torch.Tensor, weight_float8_OI: torch.Tensor, *_: Any) -> torch.Tensor:
+    return x_float8.new_empty((*x_float8.shape[:-1], len(weight_float8_OI)), dtype=torch.bfloat16)
 
 
 def linear_float8_reference(

@@ -10,12 +10,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from echovideo_kernels import attention
 from echovideo_kernels.attention import attention_reference, launch_attention
+from echovideo_kernels.dispatch import table
 from tests.kernels.comparing import relative_error, traced_operators
 from tests.kernels.compiling import Compiled, compile_for_hopper, launches
 
 module = importlib.import_module("echovideo_kernels.attention")
 
 LOG2 = math.log(2)
+SERVED = table()["sm_90"]["operators"]["attention"]["from_tokens"] + 37
+"""A number of tokens from which on the kernel, and not PyTorch's, serves on Hopper."""
 
 
 def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -99,7 +102,7 @@ def test_attention_kernel_compiled_for_hopper_overlaps_its_products_without_spil
 
 
 def test_attention_on_hopper_traces_whole_as_one_operator() -> None:
-    x = torch.empty(1, 4096, 2, 64, dtype=torch.bfloat16)
+    x = torch.empty(1, SERVED, 2, 64, dtype=torch.bfloat16)
     assert traced_operators(attention, [x, x, x]) == ["echovideo.attention.default"]
 
 
@@ -241,7 +244,7 @@ def test_attention_kernel_log_sum_exp_matches_float64(gain: float) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("gain", [1.0, 6.0])
 def test_attention_gradients_err_at_most_half_more_than_pytorch(gain: float) -> None:
-    inputs = normed_inputs(1500, batch=2, gain=gain)
+    inputs = normed_inputs(SERVED, gain=gain)
     do = torch.randn_like(inputs[0])
 
     def gradients(function: object, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -257,20 +260,20 @@ def test_attention_gradients_err_at_most_half_more_than_pytorch(gain: float) -> 
 
 @pytest.mark.gpu
 def test_attention_compiled_whole_matches_eager_bitwise() -> None:
-    q, k, v = normed_inputs(1300)
+    q, k, v = normed_inputs(SERVED)
     compiled = torch.compile(lambda a, b, c: attention(a, b, c, LOG2) * 2, fullgraph=True)
     assert torch.equal(compiled(q, k, v), forward(q, k, v) * 2)
 
 
 @pytest.mark.gpu
 def test_attention_graph_replayed_on_new_inputs_matches_eager_bitwise() -> None:
-    q, k, v = normed_inputs(1300)
+    q, k, v = normed_inputs(SERVED)
     forward(q, k, v)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = attention(q, k, v, LOG2)
     for seed, gain in ((1, 1.0), (2, 8.0)):
-        for buffer, new in zip((q, k, v), normed_inputs(1300, gain=gain, seed=seed), strict=True):
+        for buffer, new in zip((q, k, v), normed_inputs(SERVED, gain=gain, seed=seed), strict=True):
             buffer.copy_(new)
         graph.replay()
         assert torch.equal(out, forward(q, k, v))

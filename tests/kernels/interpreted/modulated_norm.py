@@ -40,7 +40,7 @@ def inputs(
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-7), (torch.float16, 6e-4)])
 @pytest.mark.parametrize(
     ("batch", "num_tokens", "dim", "num_text"),
-    [(2, 41, 80, 5), (1, 7, 256, 0), (1, 5, 1040, 5)],
+    [(2, 17, 80, 5), (1, 7, 256, 0), (1, 3, 1040, 3)],
     ids=["joint", "no-text", "text-alone"],
 )
 @pytest.mark.parametrize("branch", [True, False], ids=["branch", "no-branch"])
@@ -58,7 +58,7 @@ def test_modulated_norm_kernel_odd_shapes_match_float64_with_gradients(
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_modulated_norm_kernel_other_tiles_give_the_same_numbers(rows: int) -> None:
-    tensors = inputs(2, 23, 80)
+    tensors = inputs(1, 17, 80)
     plain = torch.full_like(tensors[5], math.nan), torch.full_like(tensors[5], math.nan)
     other = torch.full_like(tensors[5], math.nan), torch.full_like(tensors[5], math.nan)
     module._launch_forward(*tensors, 5, EPS, *plain)
@@ -66,7 +66,7 @@ def test_modulated_norm_kernel_other_tiles_give_the_same_numbers(rows: int) -> N
     module._launch_forward(*tensors, 5, EPS, *other, config=config)
     assert torch.equal(other[0], plain[0])
     assert relative_error(other[1], plain[1]) < 3e-7
-    dy = random(2, 2, 23, 80, seed=4)
+    dy = random(2, 1, 17, 80, seed=4)
     x, _, scale, weight, _, branch, gate = tensors
     plain_grads = module._launch_backward(x, scale, weight, branch, gate, 5, EPS, *dy)
     other_grads = module._launch_backward(x, scale, weight, branch, gate, 5, EPS, *dy, config)
