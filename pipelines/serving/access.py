@@ -91,7 +91,7 @@ class Access:
         (self.folder / "keys" / f"{key.key_id}.json").write_json(asdict(key))
         return key, f"ev_{key.key_id}_{secret}"
 
-    def keys(self) -> list[Key]:
+    def list_keys(self) -> list[Key]:
         """Return all keys, the oldest first."""
         folder = self.folder / "keys"
         return sorted((_key(record) for record in folder.read_many_json(folder.list_names())), key=_created_at)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _MANY = 10_000
 """Calls that wait for something to happen, such as a watched video, are held open and cost next to nothing."""
 _LONGEST_RENDER_S = 1800.0
+_HEALTH_CHECK_S = 2.0
+"""How soon a dead replica is noticed, and another started."""
 
 
 @serve.ingress()
@@ -53,6 +55,7 @@ def bind(config: ServiceConfig, load_stages: Callable[[], Sequence[type[Stage]]]
         max_ongoing_requests=1,
         # A render in progress outlives an upgrade or a smaller number of replicas.
         graceful_shutdown_timeout_s=_LONGEST_RENDER_S,
+        health_check_period_s=_HEALTH_CHECK_S,
         ray_actor_options={
             "num_cpus": sum(share.num_cpus for share in shares.values()),
             "num_gpus": min(1.0, sum(share.num_gpus for share in shares.values())),
@@ -64,9 +67,9 @@ def bind(config: ServiceConfig, load_stages: Callable[[], Sequence[type[Stage]]]
         ray_actor_options={"num_cpus": shares["identity"].num_cpus},
     )(FaceCheck).bind(config)
     light = {"num_cpus": 0.1}
-    dispatcher = serve.deployment(max_ongoing_requests=_MANY, health_check_period_s=2, ray_actor_options=light)(
-        Dispatcher
-    ).bind(config, renderers, faces)
+    dispatcher = serve.deployment(
+        max_ongoing_requests=_MANY, health_check_period_s=_HEALTH_CHECK_S, ray_actor_options=light
+    )(Dispatcher).bind(config, renderers, faces)
     ingress = serve.deployment(max_ongoing_requests=_MANY, ray_actor_options=light)(Ingress)
     return ingress.bind(config, dispatcher, faces)
 

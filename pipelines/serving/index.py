@@ -48,6 +48,7 @@ class Entry:
         """Take the outcome in."""
         self.outcome, self.ended_at = outcome, ended_at
         self.status = "completed" if isinstance(outcome, Ok) else "failed"
+        self.step = self.record.request.num_inference_steps if isinstance(outcome, Ok) else 0
         self.preview = None
         self.change()
 

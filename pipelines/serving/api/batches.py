@@ -10,12 +10,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import Response
 
-from echovideo.errors import RequestError
+from echovideo.errors import RequestError, RunError, StorageError
 from pipelines.config import RunConfig
 from pipelines.ledger import Ledger
 from pipelines.manifest import Defaults
 from pipelines.serving.api.bodies import read_json, stored_file
-from pipelines.serving.api.problems import not_found, responses
+from pipelines.serving.api.problems import ProblemError, not_found, responses
 from pipelines.serving.api.schemas import Batch, BatchCreate, BatchDeleted, BatchList
 from pipelines.serving.api.service import Admin, Maker, Reader, ServiceHere
 from pipelines.serving.config import ServiceConfig
@@ -56,8 +56,16 @@ async def create_batch(request: Request, service: ServiceHere, caller: Maker) ->
     if asked.num_frames is not None and asked.seconds is not None:
         raise RequestError("give num_frames or seconds, not both", code="invalid_num_frames")
     await service.ask("allow", caller.key)
-    run = await asyncio.to_thread(_accept, service.config, caller.key.tenant, asked)
-    return await service.ask("start_batch", caller.key.tenant, run, within_s=60.0)
+    tenant = caller.key.tenant
+    try:
+        run = await asyncio.to_thread(_accept, service.config, tenant, asked)
+    except (RunError, StorageError) as error:
+        if isinstance(error, StorageError) and error.code not in ("not_found", "uri_not_allowed"):
+            raise
+        # Where the store lies is not the tenant's to know.
+        shown = error.message.replace(f"{service.config.tenant_root(tenant)}/", "")
+        raise ProblemError(422, error.code, shown) from error
+    return await service.ask("start_batch", tenant, run, within_s=60.0)
 
 
 @router.get("/batches", response_model=BatchList, responses=responses())

@@ -79,8 +79,6 @@ def install(api: FastAPI) -> None:
 
     @api.exception_handler(StorageError)
     async def unreachable(request: Request, error: StorageError) -> JSONResponse:
-        if error.code in ("not_found", "uri_not_allowed"):
-            return problem_response(422, error.code, error.message)
         _log.error("the store failed: %s", error)
         return problem_response(503, error.code, "the store cannot be reached; try again", headers=retry_after(5))
 

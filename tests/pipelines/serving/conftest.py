@@ -79,6 +79,19 @@ class Running:
         video: dict[str, Any] = answer.json()
         return video
 
+    def occupy(self, photo: bytes) -> list[str]:
+        """Give every renderer a video that takes long, and return these once all of them are in progress."""
+        fields = {"prompt": "busy", "tags": '{"step_s": "0.3"}'}
+        busy = [self.create(photo, seed=1000 + i, **fields)["id"] for i in range(self.config.num_renderers)]
+        for video_id in busy:
+            self.wait(video_id, "in_progress")
+        return busy
+
+    def forget(self, *video_ids: str) -> None:
+        """Delete videos, and with them what they would still cost."""
+        for video_id in video_ids:
+            self.client.delete(f"/v1/videos/{video_id}")
+
     def wait(self, video_id: str, *statuses: str, timeout_s: float = 90) -> dict[str, Any]:
         """Return the video once it stands at one of `statuses`, by default once it has ended."""
         wait_until(lambda: self.view(video_id)["status"] in (statuses or ENDED), timeout_s)
@@ -132,9 +145,13 @@ def serve_port() -> Iterator[int]:
 
 @pytest.fixture(scope="package")
 def stub(serve_port: int, stub_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The service with one renderer of stub stages."""
+    """The service with two renderers of stub stages."""
     config = ServiceConfig.of_model(
-        str(stub_model), store=str(tmp_path_factory.mktemp("service") / "store"), max_queued=40, secure_cookies=False
+        str(stub_model),
+        store=str(tmp_path_factory.mktemp("service") / "store"),
+        num_renderers=2,
+        max_queued=40,
+        secure_cookies=False,
     )
     serve.run(bind(config, stub_stages), name="stub", route_prefix="/stub")
     yield running(f"http://127.0.0.1:{serve_port}/stub", config)

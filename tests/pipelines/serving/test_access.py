@@ -18,7 +18,7 @@ def test_key_is_stored_as_a_digest_only(root: StoragePath) -> None:
     assert all(secret.encode() not in (root / file.path).read_bytes() for file in root.list_files())
     assert access.key_of_text(text) == key
     assert key.scopes == ("read", "render")
-    assert access.keys() == [key]
+    assert access.list_keys() == [key]
     for other in (text[:-1], text + "x", "", "ev_", f"ev_{key.key_id}_", "ev_../../x_y"):
         assert access.key_of_text(other) is None
     access.revoke_key(key.key_id)

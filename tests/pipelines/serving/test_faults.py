@@ -80,6 +80,7 @@ def test_dispatcher_killed_with_a_queue_loses_nothing_and_renders_nothing_twice(
 
 
 def test_full_queue_is_answered_429_and_drains_without_loss(stub: Running, astronaut_png: bytes) -> None:
+    busy = stub.occupy(astronaut_png)
     accepted, refused = [], 0
     for _ in range(stub.config.max_queued + 10):
         answer = stub.client.post(
@@ -91,22 +92,24 @@ def test_full_queue_is_answered_429_and_drains_without_loss(stub: Running, astro
         refused += 1
         assert (answer.status_code, answer.json()["code"]) == (429, "queue_full")
         assert int(answer.headers["retry-after"]) >= 1
-    assert refused >= 1
-    assert len(accepted) >= stub.config.max_queued
+    assert refused == 10
+    assert len(accepted) == stub.config.max_queued
+    stub.forget(*busy)
     assert {stub.wait(video_id)["status"] for video_id in accepted} == {"completed"}
-    # They all asked for the same pixels.
-    assert sum(stub.renders()[video_id] for video_id in accepted) == 1
+    # They all asked for the same pixels: two renderers may have begun with them at once.
+    assert 1 <= sum(stub.renders()[video_id] for video_id in accepted) <= 2
 
 
 def test_drained_dispatcher_finishes_what_runs_and_the_next_one_takes_up_the_rest(
     stub: Running, astronaut_png: bytes
 ) -> None:
     running = stub.create(astronaut_png, seed=340, tags=SLOW)["id"]
+    busy = stub.create(astronaut_png, seed=342, tags=SLOW)["id"]
     queued = stub.create(astronaut_png, seed=341)["id"]
-    wait_until(lambda: len(stub.steps(running)) >= 1)
+    wait_until(lambda: len(stub.steps(running)) >= 1 and len(stub.steps(busy)) >= 1)
     dispatcher = serve.get_deployment_handle("Dispatcher", "stub")
     dispatcher.drain.remote().result(timeout_s=60)
-    assert stub.renders()[running] == 1
+    assert (stub.renders()[running], stub.renders()[busy]) == (1, 1)
     assert stub.steps(queued) == []
     assert stub.client.get("/healthz").status_code == 503
     finished = sorted((stub.tenant() / "runs/on-demand/epochs").glob("*.finished"))
