@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -39,6 +40,7 @@ class LocalService:
     ) -> None:
         self.config = config
         self.url = f"http://{host}:{port}"
+        _check_free(host, port)
         shares = [
             StageResources(
                 name=stage.name, actors=config.num_renderers, num_cpus=stage.num_cpus, num_gpus=stage.num_gpus
@@ -105,3 +107,14 @@ class LocalService:
             return "ready"
         loading = [name for name, deployment in app.deployments.items() if deployment.status != "HEALTHY"]
         return f"loading: {', '.join(loading)}" if loading else "starting"
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raise RunError `port_in_use` now, rather than after Ray has started."""
+    try:
+        with socket.create_server((host, port)):
+            return
+    except OSError as error:
+        raise RunError(
+            f"{host}:{port} cannot be listened on: {error}; choose another --port", code="port_in_use"
+        ) from error

@@ -9,14 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import httpx
-import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
+from tests.pipelines.serving.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,17 +39,10 @@ def test_keys_are_created_listed_and_revoked(tmp_path: Path) -> None:
     assert (refused.exit_code, json.loads(refused.output)["error"]) == (1, "invalid_tenant")
 
 
-@pytest.fixture
-def port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        free: int = probe.getsockname()[1]
-        return free
-
-
 def test_serve_prints_its_address_and_key_renders_and_finishes_what_runs_when_told_to_stop(
-    tmp_path: Path, tiny_folder: Path, astronaut_png: bytes, port: int
+    tmp_path: Path, tiny_folder: Path, astronaut_png: bytes
 ) -> None:
+    port = free_port()
     command = [sys.executable, "-c", "from flows.cli import main; main()", "serve", str(tmp_path / "store")]
     command += ["--model", str(tiny_folder), "--device", "cpu", "--port", str(port)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
@@ -82,3 +74,11 @@ def test_serve_prints_its_address_and_key_renders_and_finishes_what_runs_when_to
         assert process.wait(120) == 0
     outcome = tmp_path / "store/tenants/local/runs/on-demand/outcomes" / f"{made['id']}.json"
     assert json.loads(outcome.read_text())["outcome"] == "ok"
+
+
+def test_serve_on_a_port_that_is_taken_is_refused_before_anything_starts(tmp_path: Path, tiny_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        arguments = ["serve", str(tmp_path / "store"), "--model", str(tiny_folder), "--device", "cpu"]
+        result = CliRunner().invoke(app, [*arguments, "--port", str(taken.getsockname()[1])])
+    assert result.exit_code == 1
+    assert "port_in_use" in result.output
