@@ -24,7 +24,10 @@ MAX_BODY_BYTES = MAX_UPLOAD_BYTES * 4 // 3 + 2**20
 
 _CHUNK = 2**20
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
-_MAX_FIELD_BYTES = 64 * 1024
+_NESTED = re.compile(r"(tags|input_reference)\[([^\[\]]+)\]")
+"""How the OpenAI client writes a field of a field in a form."""
+_MAX_FIELD_BYTES = MAX_BODY_BYTES
+"""A photo may come as the text of a data: address."""
 Asked = TypeVar("Asked", bound=BaseModel)
 
 
@@ -84,6 +87,8 @@ async def read_asked(request: Request, kind: type[Asked], *, files: tuple[str, .
                         f"{name!r} is no file here; files are {', '.join(files)}", code="invalid_request"
                     )
                 content = await value.read()
+            elif nested := _NESTED.fullmatch(name):
+                values.setdefault(nested[1], {})[nested[2]] = value
             else:
                 values[name] = _tags(value) if name == "tags" else value
     return kind.model_validate(values), content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import socket
@@ -46,6 +47,12 @@ class Running:
 
     def tenant(self, name: str = "studio") -> Path:
         return self.store / "tenants" / name
+
+    def record(self, video_id: str) -> dict[str, Any]:
+        """What the store holds of a request."""
+        path = self.tenant() / "runs/on-demand/requests" / f"{video_id}.json"
+        record: dict[str, Any] = json.loads(path.read_text())
+        return record
 
     def renders(self) -> Counter[str]:
         """How often each row was rendered to its end."""

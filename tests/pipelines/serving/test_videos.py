@@ -55,11 +55,12 @@ def test_openai_client_creates_polls_lists_downloads_remixes_and_deletes(
             input_reference=("photo.png", astronaut_png),
             size="96x96",  # type: ignore[arg-type]
             seconds="1",  # type: ignore[arg-type]
-            extra_body={"seed": 7, "num_inference_steps": 10, "consent_id": "c-7"},
+            extra_body={"seed": 7, "num_inference_steps": 10, "consent_id": "c-7", "tags": {"take": "first"}},
         )
         assert made.status == "queued"
         ended = client.videos.poll(made.id, poll_interval_ms=50)
         assert (ended.status, ended.progress, ended.seconds, ended.size) == ("completed", 100, "1.0625", "96x96")
+        assert stub.record(made.id)["request"]["tags"] == {"take": "first"}
         mp4 = client.videos.download_content(made.id).read()
         assert decode_mp4(mp4).shape == (17, 96, 96, 3)
         assert client.videos.download_content(made.id, variant="thumbnail").read()[:3] == b"\xff\xd8\xff"
@@ -215,7 +216,7 @@ def test_upload_is_kept_without_its_place_and_other_exif(stub: Running) -> None:
     image.save(buffer, "JPEG", exif=exif, comment=b"SecretComment")
     assert b"SecretCamera" in buffer.getvalue()
     video = stub.create(buffer.getvalue(), seed=50)
-    record = json.loads((stub.tenant() / "runs/on-demand/requests" / f"{video['id']}.json").read_text())
+    record = stub.record(video["id"])
     kept = (stub.tenant() / "runs/on-demand/uploads" / f"{record['photo_sha256']}.jpg").read_bytes()
     assert b"Secret" not in kept
     with Image.open(io.BytesIO(kept)) as seen:
