@@ -405,10 +405,7 @@ class Dispatcher:
         run = home.store.run if batch is None else batch.run
         entry = home.entries.get(row_id) if run_id == ON_DEMAND else None
         try:
-            if batch is None and home.epoch is None:
-                home.epoch = await asyncio.to_thread(home.store.ledger.open_epoch)
-            epoch = home.epoch if batch is None else batch.epoch
-            assert epoch is not None
+            epoch = await self._epoch_of(home) if batch is None else batch.epoch
             job = Job(tenant=tenant, run_id=run_id, epoch=epoch.number, request=job.request)
             self.running[job.name] = job
             answer = await self.renderer.render.remote(job, run)
@@ -441,6 +438,13 @@ class Dispatcher:
                 entry.end(outcome, time.time())
         finally:
             self._wake.set()
+
+    async def _epoch_of(self, home: Tenant) -> Epoch:
+        """Return the turn at a tenant's single requests, taken when the first of them is."""
+        async with home.files:
+            if home.epoch is None:
+                home.epoch = await asyncio.to_thread(home.store.ledger.open_epoch)
+            return home.epoch
 
     def _put_back(self, job: Job, place: Place, home: Tenant, entry: Entry | None, batch: Batch | None) -> None:
         row_id = job.request.row_id

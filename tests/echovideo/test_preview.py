@@ -36,10 +36,11 @@ def test_preview_of_known_latents_shows_the_middle_frame_in_its_colours() -> Non
     assert np.abs(pixels[96, 300] - [0, 0, 255]).max() < 16
 
 
-def test_preview_fit_is_the_least_squares_map_of_the_vae_and_the_same_each_time(engine: Engine) -> None:
+def test_preview_fit_of_a_vae_is_the_same_each_time(engine: Engine) -> None:
     first, second = LatentPreview.fit(engine.vae), LatentPreview.fit(engine.vae)
     assert first.to_rgb.shape == (17, 3)
-    assert torch.equal(first.to_rgb, second.to_rgb)
+    torch.testing.assert_close(first.to_rgb, second.to_rgb, atol=1e-4, rtol=0)
+    assert first.to_rgb.abs().max() > 0.01
 
 
 def test_render_with_previews_gives_the_bytes_of_one_without(engine: Engine) -> None:

@@ -450,7 +450,7 @@ def test_delete_row_leaves_its_neighbours_and_a_video_that_another_run_refers_to
         one.delete_row("alone", OTHER_KEY)
     assert list(one.outcomes()) == ["neighbour"]
     assert (one.folder / "posters").list_names() == ["neighbour.jpg"]
-    assert (one.folder / "claims").list_names() == ["neighbour"]
+    assert {file.path.split("/")[0] for file in (one.folder / "claims").list_files()} == {"neighbour"}
     assert two.find_video(KEY) is not None
     assert two.find_video(OTHER_KEY) is None
     assert two.find_video("ef" * 32) is not None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,10 +100,21 @@ def test_openai_client_gets_a_video_of_the_tiny_model_with_previews_on_the_way(
         assert measure in text
 
 
-def test_answers_come_without_torch_in_the_ingress(tiny: Running) -> None:
+def test_options_and_estimate_say_what_a_form_needs(tiny: Running) -> None:
     options = tiny.client.get("/v1/options").json()
     assert options["model"] == {"name": "tiny-1", "licence": "Apache-2.0", "trained": False}
     assert options["sizes"]["wide"] == {"width": 848, "height": 480}
     estimate = tiny.client.get("/v1/estimate", params={"size": "160x96", "num_frames": 17, "num_inference_steps": 6})
     assert estimate.json()["render_seconds"] > 0
     assert estimate.json()["queue_seconds"] == 0
+
+
+def test_application_and_ingress_load_without_torch() -> None:
+    # A replica that imports torch takes seconds to be there; only renderers and the face check may.
+    program = (
+        "import sys, pipelines.serving.app, pipelines.serving.api.app, pipelines.serving.local; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
