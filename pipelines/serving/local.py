@@ -51,7 +51,8 @@ class LocalService:
         # Shares are no more than bookkeeping here: a machine of one processor runs it too, slowly.
         need = sum(each.actors * each.num_cpus for each in (*shares, others)) + SPARE_CPUS
         # Ray's own news are for its operator; here that is somebody who waits for an address.
-        logging.getLogger("ray").setLevel(logging.ERROR)
+        for name in ("ray", "ray.serve"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(need)),

@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +17,15 @@ import pytest
 from PIL import Image
 from ray import serve
 
+from echovideo.request import RenderRequest
 from echovideo.video import decode_mp4
+from pipelines.outcome import Rejected
 from pipelines.serving.app import bind
 from pipelines.serving.config import ServiceConfig
-from tests.pipelines.serving.conftest import Running, running
+from pipelines.serving.records import TenantStore, VideoRecord
+from tests.pipelines.serving.conftest import Running, running, wait_until
 
+OLD = "video_" + "0" * 24
 SHAPE = {"num_inference_steps": 6, "seed": 5}
 
 
@@ -28,10 +33,30 @@ SHAPE = {"num_inference_steps": 6, "seed": 5}
 def tiny(serve_port: int, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """The service with the tiny model."""
     store = tmp_path_factory.mktemp("tiny") / "store"
-    config = ServiceConfig.of_model(str(tiny_folder), store=str(store), secure_cookies=False)
+    config = ServiceConfig.of_model(str(tiny_folder), store=str(store), retention_days=1, secure_cookies=False)
+    put_old_request(config)
     serve.run(bind(config), name="tiny", route_prefix="/tiny")
     yield running(f"http://127.0.0.1:{serve_port}/tiny", config)
     serve.delete("tiny")
+
+
+def put_old_request(config: ServiceConfig) -> None:
+    """Leave what a service of two days ago would have: a request that was refused, and its photo."""
+    home = TenantStore(config, "old")
+    request = RenderRequest(row_id=OLD, prompt="p", photo_uri="uploads/0.jpg")
+    record = VideoRecord(
+        tenant="old", key_id="k", created_at=time.time() - 2 * 86400, request=request, photo_sha256="0", nonce="n"
+    )
+    home.accept(record, b"photo")
+    with home.ledger.open_epoch() as epoch:
+        home.ledger.commit(Rejected(row_id=OLD, code="no_face", message="m"), epoch.number)
+
+
+def test_video_older_than_its_retention_is_deleted_with_its_photo(tiny: Running) -> None:
+    folder = tiny.tenant("old") / "runs/on-demand"
+    wait_until(lambda: not any((folder / name).is_file() for name in (f"requests/{OLD}.json", "uploads/0.jpg")))
+    wait_until(lambda: not (folder / "removed" / OLD).exists())
+    assert not (folder / "outcomes" / f"{OLD}.json").exists()
 
 
 def test_photo_check_shows_the_face_that_the_model_will_see(tiny: Running, astronaut_png: bytes) -> None:
@@ -89,7 +114,9 @@ def test_openai_client_gets_a_video_of_the_tiny_model_with_previews_on_the_way(
     record = tiny.client.get(f"/v1/videos/{video.id}/record").json()
     assert record["seed"] == 5
     assert record["model"]["name"] == "tiny-1"
-    assert tiny.view(video.id)["steps"] == 6
+    view = tiny.view(video.id)
+    assert view["steps"] == 6
+    assert view["expires_at"] == view["created_at"] + 86400
     for variant in ("thumbnail", "photo", "face"):
         picture = tiny.client.get(f"/v1/videos/{video.id}/content", params={"variant": variant})
         assert picture.headers["content-type"] == "image/jpeg"
