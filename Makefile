@@ -1,4 +1,4 @@
-# Two commands for a new user: `make demo` and `make test`. Each sets up the virtual environment first.
+# Three commands for a new user: `make demo`, `make serve` and `make test`. Each sets up the virtual environment first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: help
 help:
 	@echo "make demo   set up, then render the bundled manifest and write its report into demo/"
+	@echo "make serve  set up, then render on demand at http://127.0.0.1:8000 with the tiny model, into service/"
 	@echo "make test   set up, then run all tests"
 	@echo "make check  lint, types and import directions"
 	@echo "make lock   pin what is installed now in constraints.txt"
@@ -19,6 +20,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 .PHONY: demo
 demo: $(VENV)/installed
 	$(BIN)/python -m flows.demo
+
+.PHONY: serve
+serve: $(VENV)/installed
+	$(BIN)/echovideo serve service
 
 .PHONY: test
 test: $(VENV)/installed

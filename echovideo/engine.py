@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -16,9 +17,13 @@ from echovideo.conditioning import Condition
 from echovideo.errors import RenderCancelledError, RunError
 from echovideo.model.folder import load_scheduler, load_transformer, load_vae, vae_dtype
 from echovideo.model.transformer import EchoVideoTransformer3DModel
+from echovideo.preview import LatentPreview
 from echovideo.request import RenderRequest
 from echovideo.sampler import Scheduler, advance, decode, denoise_step, prepare
 from echovideo.settings import EngineSettings, check_tier
+
+KeepGoing: TypeAlias = Callable[[int, int, Callable[[], bytes]], bool]
+"""Asked before each step with the steps done, the steps in all, and what draws a small JPEG of the video so far."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -67,13 +72,16 @@ class Engine:
             settings=settings,
         )
 
-    def render(
-        self, condition: Condition, request: RenderRequest, seed: int, keep_going: Callable[[int, int], bool]
-    ) -> Rendered:
+    @cached_property
+    def preview(self) -> LatentPreview:
+        """What draws pictures of latents; fitted when the first one is asked for."""
+        return LatentPreview.fit(self.vae)
+
+    def render(self, condition: Condition, request: RenderRequest, seed: int, keep_going: KeepGoing) -> Rendered:
         """Return the request's frames for `seed`.
 
-        `keep_going(steps done, steps in all)` is asked before each step; when it says no, RenderCancelledError is
-        raised. Raises RequestError for a tier this engine does not give.
+        `keep_going` is asked before each step; when it says no, RenderCancelledError is raised. Raises RequestError
+        for a tier this engine does not give.
         """
         check_tier(request.tier)
         torch.set_num_threads(self.settings.num_threads)
@@ -92,7 +100,9 @@ class Engine:
             generator=torch.Generator().manual_seed(seed),
         )
         while not state.done:
-            if not keep_going(state.step, len(state.timesteps)):
+            # What the model takes for the finished video shows more than latents that are still half noise.
+            seen = state.latents_BFCHW if state.predicted_original is None else state.predicted_original
+            if not keep_going(state.step, len(state.timesteps), partial(self._draw, seen)):
                 raise RenderCancelledError(f"stopped after {state.step} of {len(state.timesteps)} steps")
             state = advance(state, denoise_step(self.transformer, state))
         if self.settings.device == "cuda":
@@ -103,6 +113,9 @@ class Engine:
             frames_FHWC=frames,
             timings={"denoise": denoised - started, "decode": time.perf_counter() - denoised},
         )
+
+    def _draw(self, latents_BFCHW: torch.Tensor) -> bytes:
+        return self.preview.jpeg(latents_BFCHW)
 
 
 def to_uint8(video_BFCHW: torch.Tensor) -> np.ndarray[Any, Any]:

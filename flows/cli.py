@@ -1,4 +1,4 @@
-"""The command line, `echovideo`: single videos, batches, photos, models, and what this machine can do.
+"""The command line, `echovideo`: single videos, batches, the service, photos, models, and what this machine can do.
 
 Commands import what they need when they run: torch, Ray and Prefect take seconds to load, and --help needs none.
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pipelines.config import RunConfig
     from pipelines.ledger import Ledger
     from pipelines.outcome import RowOutcome
+    from pipelines.serving.access import Access
     from pipelines.storage import StoragePath
 
 _ROWS_FAILED = 2
@@ -59,9 +60,11 @@ app = typer.Typer(
     help="Videos of one person, from a photo and a prompt: one at a time, or a manifest of thousands.",
 )
 batch = typer.Typer(no_args_is_help=True, help="Render manifests: run, follow, report, cancel, delete.")
+keys_app = typer.Typer(no_args_is_help=True, help="The service's API keys: create, list, revoke.")
 models_app = typer.Typer(no_args_is_help=True, help="The models on this machine.")
 app.add_typer(batch, name="batch")
 app.add_typer(models_app, name="models")
+app.add_typer(keys_app, name="keys")
 
 Json = Annotated[
     bool,
@@ -87,6 +90,7 @@ Fps = Annotated[int, typer.Option(help="Frames per second.")]
 Photo = Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="Photo of the person.")]
 Output = Annotated[str, typer.Argument(help="Folder or s3://bucket/prefix that holds runs and videos.")]
 RunId = Annotated[str | None, typer.Argument(help="The run; the newest by default.")]
+Store = Annotated[str, typer.Argument(help="Folder or s3://bucket/prefix that holds all of the service.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
@@ -238,6 +242,100 @@ def doctor(models: ModelsFolder = DEFAULT_MODELS, json: Json = False) -> None:
             table.add_row(check.name, status, check.found, check.advice)
         out.print(table, soft_wrap=False)
     raise typer.Exit(1 if missing else 0)
+
+
+@app.command()
+def serve(
+    store: Store = "service",
+    model: Model = "tiny",
+    device: Device = "auto",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    renderers: Annotated[int, typer.Option(min=1, help="Engines side by side, each with a GPU of its own.")] = 1,
+    max_queued: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are answered 429.")] = 10_000,
+    retention_days: Annotated[float | None, typer.Option(min=0, help="Delete videos of this age.")] = None,
+    require_consent: Annotated[bool, typer.Option(help="Refuse requests without a consent_id.")] = False,
+    allow_root: Annotated[
+        list[str] | None, typer.Option(help="Folder or s3://bucket/prefix that manifests and photos may come from.")
+    ] = None,
+    endpoint_url: EndpointUrl = None,
+    models: ModelsFolder = DEFAULT_MODELS,
+) -> None:
+    """Render on demand over HTTP, on this machine.
+
+    Ctrl-C finishes what runs, a second one ends at once. What waits is in the store, and goes on at the next start.
+    """
+    _quieten()
+    with err.status("loading"):
+        from echovideo.settings import EngineSettings
+        from flows.config import choose_device
+        from flows.models import find_model
+        from flows.serve import serve_here
+        from pipelines.serving.config import ServiceConfig
+        from pipelines.storage import StorageOptions, StoragePath
+
+        config = ServiceConfig.of_model(
+            str(find_model(model, models)),
+            store=str(StoragePath.parse(store)),
+            storage=StorageOptions(endpoint_url=endpoint_url),
+            engine=EngineSettings(device=choose_device(device)),
+            num_renderers=renderers,
+            max_queued=max_queued,
+            retention_days=retention_days,
+            require_consent=require_consent,
+            batch_roots=tuple(str(StoragePath.parse(root)) for root in allow_root or ()),
+            # Browsers keep a Secure cookie only where there is https.
+            secure_cookies=False,
+        )
+    serve_here(config, host, port, out, err)
+
+
+@keys_app.command("create")
+def keys_create(
+    store: Store,
+    tenant: Annotated[str, typer.Option(help="Whose key it is; a tenant sees its own videos only.")],
+    scope: Annotated[list[str], typer.Option(help="read, render or admin; once for each.")],
+    requests_per_minute: Annotated[int, typer.Option(help="Renders, photo checks and batches it may ask for.")] = 60,
+    max_active: Annotated[int, typer.Option(help="Videos it may have queued or in progress.")] = 100,
+    endpoint_url: EndpointUrl = None,
+    json: Json = False,
+) -> None:
+    """Make an API key and print it, once: only its digest is kept."""
+    key, text = _access(store, endpoint_url).create_key(
+        tenant, scope, requests_per_minute=requests_per_minute, max_active=max_active
+    )
+    if json:
+        print_json({"key_id": key.key_id, "tenant": key.tenant, "scopes": list(key.scopes), "key": text})
+    else:
+        out.print(facts_table({"key": text, "id": key.key_id, "tenant": key.tenant, "scopes": ", ".join(key.scopes)}))
+
+
+@keys_app.command("list")
+def keys_list(store: Store, endpoint_url: EndpointUrl = None, json: Json = False) -> None:
+    """Show whose keys there are and what they may do."""
+    keys = [
+        {"key_id": key.key_id, "tenant": key.tenant, "scopes": list(key.scopes)}
+        for key in _access(store, endpoint_url).list_keys()
+    ]
+    if json:
+        print_json({"keys": keys})
+    else:
+        out.print(facts_table({str(key["key_id"]): f"{key['tenant']}: {', '.join(key['scopes'])}" for key in keys}))
+
+
+@keys_app.command("revoke")
+def keys_revoke(
+    store: Store,
+    key_id: Annotated[str, typer.Argument(help="The key's id, as `keys list` shows it.")],
+    endpoint_url: EndpointUrl = None,
+    json: Json = False,
+) -> None:
+    """End a key and every browser session that came from it, within seconds."""
+    _access(store, endpoint_url).revoke_key(key_id)
+    if json:
+        print_json({"key_id": key_id, "revoked": True})
+    else:
+        out.print(f"key {key_id} is revoked")
 
 
 @models_app.command("pull")
@@ -458,6 +556,14 @@ def _reach_prefect() -> None:
             "PREFECT_API_URL to use one of this process's own",
             code="prefect_unreachable",
         ) from error
+
+
+def _access(store: str, endpoint_url: str | None) -> Access:
+    """Return the keys of the service whose store this is."""
+    from pipelines.serving.access import Access
+    from pipelines.storage import StorageOptions, StoragePath
+
+    return Access(StoragePath.parse(store, StorageOptions(endpoint_url=endpoint_url)))
 
 
 def _open_run(output: str, run_id: str | None, endpoint_url: str | None) -> tuple[Ledger, RunConfig]:

@@ -10,7 +10,8 @@ Layout under the output root, one owner's namespace:
     runs/<run_id>/attempts/<row_id>/<attempt>.json  Failed and Cancelled: the next run tries again
     runs/<run_id>/outcomes/<row_id>.json        Ok, Rejected and Dead: final, written only if absent
     runs/<run_id>/videos/<key>                  this run refers to the video of that key
-    runs/<run_id>/identities/, photos/, faces/  identities by photo digest, small pictures by row
+    runs/<run_id>/identities/                   identities by photo digest
+    runs/<run_id>/photos/, faces/, posters/     small pictures by row
     runs/<run_id>/cancel, deleting              markers
 
 A row: claim -> find or render and put the video -> commit. Whoever claims or commits names its driver's epoch and is
@@ -39,6 +40,8 @@ from pipelines.storage import StoragePath, StoredFile, encode_json
 LEASE_S = 30.0
 """A driver without a heartbeat for this long is taken to be gone."""
 HEARTBEAT_S = 5.0
+PICTURES = ("photos", "faces", "posters")
+"""Folders of a run's small pictures, one JPEG a row in each."""
 MAX_STRIKES = 3
 """A row that took its worker down this often is Dead."""
 
@@ -326,19 +329,24 @@ class Ledger:
         """
         self._check_idle()
         (self.folder / "deleting").write_bytes(b"")
-        mine = set((self.folder / "videos").list_names())
-        for run_id in (self.root / "runs").list_names():
-            other = self.root / "runs" / run_id
-            if run_id != self.run_id and not (other / "deleting").exists():
-                mine -= set((other / "videos").list_names())
-        for key in sorted(mine):
-            sidecar = self._sidecar(key)
-            # The sidecar goes first: without it the video does not count as complete.
-            sidecar.delete()
-            for name in sidecar.parent.list_names():
-                if name.startswith(f"{key}-"):
-                    (sidecar.parent / name).delete()
+        self._delete_videos(set((self.folder / "videos").list_names()))
         self.folder.delete_tree()
+
+    def delete_row(self, row_id: str, video_key: str | None) -> None:
+        """Delete a row's records and pictures, as its run's driver; stopped half-way, it can be called again.
+
+        `video_key` names the video that no other row of this run asks for, None if another one does; it is deleted
+        unless another run refers to it.
+        """
+        if video_key is not None:
+            (self.folder / "videos" / video_key).delete()
+            self._delete_videos({video_key})
+        for kind in PICTURES:
+            (self.folder / kind / f"{row_id}.jpg").delete()
+        (self._outcomes / f"{row_id}.json").delete()
+        self._finals.pop(row_id, None)
+        for folder in (self._attempts / row_id, self.folder / "claims" / row_id):
+            folder.delete_tree()
 
     @property
     def _epochs(self) -> StoragePath:
@@ -361,6 +369,20 @@ class Ledger:
     def _refer(self, key: str) -> None:
         # Before the video is looked for or written, so that another run's deletion sees it in time.
         (self.folder / "videos" / key).write_bytes(b"")
+
+    def _delete_videos(self, keys: set[str]) -> None:
+        """Delete those of the videos that no other run refers to."""
+        for run_id in (self.root / "runs").list_names():
+            other = self.root / "runs" / run_id
+            if run_id != self.run_id and not (other / "deleting").exists():
+                keys = keys - set((other / "videos").list_names())
+        for key in sorted(keys):
+            sidecar = self._sidecar(key)
+            # The sidecar goes first: without it the video does not count as complete.
+            sidecar.delete()
+            for name in sidecar.parent.list_names():
+                if name.startswith(f"{key}-"):
+                    (sidecar.parent / name).delete()
 
     def _final_row_ids(self) -> set[str]:
         return {name.removesuffix(".json") for name in self._outcomes.list_names()}

@@ -28,7 +28,7 @@ class UriPolicy:
     """Where photos may come from; what is not listed is refused, and nothing is listed by default.
 
     `roots`: local folders, with all below them once symbolic links are followed. `https_hosts`: "host", or
-    "host:port" for another port than 443. `s3_buckets`: bucket names.
+    "host:port" for another port than 443. `s3_buckets`: "bucket", or "bucket/prefix" for a part of one.
     """
 
     roots: tuple[str, ...] = ()
@@ -53,8 +53,8 @@ def check_uri(uri: str, policy: UriPolicy) -> None:
             _allowed_file(uri, policy)
         case "s3":
             bucket, _, key = uri[len("s3://") :].partition("/")
-            if bucket not in policy.s3_buckets:
-                _refuse(uri, f"bucket {bucket!r} is not allowed{_listed(policy.s3_buckets)}")
+            if not any(f"{bucket}/{key}".startswith(f"{allowed}/") for allowed in policy.s3_buckets):
+                _refuse(uri, f"bucket {bucket!r} is not allowed here{_listed(policy.s3_buckets)}")
             if not key or any(part in (".", "..") for part in key.split("/")):
                 _refuse(uri, "it names no plain object key")
         case "https":

@@ -112,6 +112,10 @@ class StoragePath(ABC):
         """Return the content; raises NotFoundError or StorageError."""
 
     @abstractmethod
+    def read_range(self, start: int, stop: int) -> bytes:
+        """Return the bytes from `start` up to `stop`, which lie within the content; raises as `read_bytes`."""
+
+    @abstractmethod
     def write_bytes(self, data: bytes) -> None:
         """Write or replace the content at once: readers see all of the old or all of the new; raises StorageError."""
 
@@ -186,6 +190,11 @@ class _LocalPath(StoragePath):
     def read_bytes(self) -> bytes:
         with self._errors():
             return Path(self.address).read_bytes()
+
+    def read_range(self, start: int, stop: int) -> bytes:
+        with self._errors(), Path(self.address).open("rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
 
     def write_bytes(self, data: bytes) -> None:
         with self._errors(), self._temporary() as temporary:
@@ -275,6 +284,11 @@ class _S3Path(StoragePath):
     def read_bytes(self) -> bytes:
         with self._errors() as client:
             data: bytes = client.cat_file(f"{self._bucket}/{self._key}")
+            return data
+
+    def read_range(self, start: int, stop: int) -> bytes:
+        with self._errors() as client:
+            data: bytes = client.cat_file(f"{self._bucket}/{self._key}", start=start, end=stop)
             return data
 
     def write_bytes(self, data: bytes) -> None:

@@ -6,6 +6,7 @@ import hashlib
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 from echovideo.faces.analyzer import FaceAnalyzer, Identity
 from echovideo.faces.packs import open_pack
@@ -28,6 +29,12 @@ class IdentityStage(Stage):
         super().__init__(config, epoch)
         self.analyzer = FaceAnalyzer(open_pack(Path(config.model) / "face_encoder"))
         self.identities: OrderedDict[str, bytes] = OrderedDict()
+
+    def for_run(self, config: RunConfig, epoch: int) -> Self:
+        """Return this stage for another run, which remembers nobody whom the first one saw."""
+        other = super().for_run(config, epoch)
+        other.identities = OrderedDict()
+        return other
 
     def work(self, row: Row, claim: Claim) -> Row:
         """Return the row with its photo's identity; raises PhotoRefusedError or StorageError."""

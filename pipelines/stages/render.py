@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from echovideo.conditioning import Condition
-from echovideo.engine import Engine, Rendered
+from echovideo.engine import Engine, KeepGoing, Rendered
 from echovideo.faces.analyzer import FaceAnalyzer, FaceScore, Identity, compare
 from echovideo.faces.packs import open_pack
 from echovideo.provenance import container_metadata, sidecar_basis
@@ -34,7 +34,7 @@ from pipelines.storage import StoragePath
 class Renderer(Protocol):
     """What the stage asks of an engine; see Engine.render."""
 
-    def render(self, condition: Condition, request: RenderRequest, seed: int, keep_going: Any) -> Rendered:
+    def render(self, condition: Condition, request: RenderRequest, seed: int, keep_going: KeepGoing) -> Rendered:
         """Return the request's frames for `seed`."""
 
 
@@ -54,7 +54,7 @@ class Take:
 
 
 class RenderStage(Stage):
-    """Holds the engine. Subclasses may open another renderer."""
+    """Holds the engine. Subclasses may open another renderer; `watch` is told of each step and may stop the row."""
 
     name = "render"
     calls_at_once = 2
@@ -66,6 +66,7 @@ class RenderStage(Stage):
         self.analyzer = FaceAnalyzer(open_pack(Path(config.model) / "face_encoder")) if config.card.trained else None
         self._gpu = threading.Lock()
         self._analyzing = threading.Lock()
+        self.watch: KeepGoing = _unwatched
 
     def open_renderer(self) -> Renderer:
         """Load the engine of the run's model."""
@@ -106,7 +107,7 @@ class RenderStage(Stage):
         takes: list[Take] = []
         for seed in derived_seeds(request.seed, request.tries if gate is not None else 1):
             with self._gpu:
-                rendered = self.renderer.render(condition, request, seed, lambda step, steps: not self.cancelled())
+                rendered = self.renderer.render(condition, request, seed, self._keep_going)
             started = time.perf_counter()
             video = encode_mp4(
                 rendered.frames_FHWC,
@@ -125,6 +126,9 @@ class RenderStage(Stage):
             if gate is None or (score is not None and score.similarity >= gate):
                 break
         return takes
+
+    def _keep_going(self, step: int, steps: int, draw: Callable[[], bytes]) -> bool:
+        return self.watch(step, steps, draw) and not self.cancelled()
 
     def _score(self, identity: Identity, frames_FHWC: np.ndarray[Any, Any]) -> FaceScore | None:
         if self.analyzer is None:
@@ -153,6 +157,10 @@ class RenderStage(Stage):
             ],
             "face_judged": "yes" if config.card.trained else "no: the model is untrained and draws no faces",
         }
+
+
+def _unwatched(step: int, steps: int, draw: Callable[[], bytes]) -> bool:
+    return True
 
 
 def _outcome(row: Row, stored: StoredVideo, claim: Claim, *, reused: bool) -> RowOutcome:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import ray
@@ -43,16 +44,26 @@ class Stage(ABC):
         self._taking_all_seats = threading.Lock()
         self._cancel_seen = (0.0, False)
 
+    def for_run(self, config: RunConfig, epoch: int) -> Self:
+        """Return this stage at work for another run of the same model, with the same networks."""
+        other = copy.copy(self)
+        other.config = config
+        other.epoch = epoch
+        other.ledger = Ledger(config.output_path, config.run_id)
+        other._cancel_seen = (0.0, False)
+        return other
+
     @abstractmethod
     def work(self, row: Row, claim: Claim) -> Row:
         """Return the row one step further, or ended with its outcome; what it raises becomes the row's outcome."""
 
     def __call__(self, columns: dict[str, Any]) -> dict[str, Any]:
         """Take one row of the graph and return it, one step further or ended."""
-        row = Row.from_columns(columns)
-        if row.outcome is None:
-            row = self._claimed_work(row)
-        return row.to_columns()
+        return self.take(Row.from_columns(columns)).to_columns()
+
+    def take(self, row: Row) -> Row:
+        """Return the row one step further, or ended; a row that ended before is passed on."""
+        return self._claimed_work(row) if row.outcome is None else row
 
     def cancelled(self) -> bool:
         """Return whether the run's cancellation was asked for, as seen at most two seconds ago."""

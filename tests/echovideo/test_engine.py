@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ def condition() -> Condition:
 
 
 def render(engine: Engine, condition: Condition, seed: int) -> Rendered:
-    return engine.render(condition, REQUEST, seed, lambda step, steps: True)
+    return engine.render(condition, REQUEST, seed, lambda step, steps, draw: True)
 
 
 def test_engine_same_seed_gives_the_same_bytes_and_another_seed_others(engine: Engine, condition: Condition) -> None:
@@ -53,7 +54,7 @@ def test_engine_pins_its_thread_count_wherever_it_runs(engine: Engine, condition
 def test_engine_told_to_stop_stops_before_the_next_step(engine: Engine, condition: Condition) -> None:
     asked: list[tuple[int, int]] = []
 
-    def keep_going(step: int, steps: int) -> bool:
+    def keep_going(step: int, steps: int, draw: Callable[[], bytes]) -> bool:
         asked.append((step, steps))
         return step < 1
 
@@ -65,7 +66,7 @@ def test_engine_told_to_stop_stops_before_the_next_step(engine: Engine, conditio
 def test_engine_other_tier_is_refused(engine: Engine, condition: Condition) -> None:
     request = RenderRequest(row_id="a", prompt="p", photo_uri="a.png", tier="fast")
     with pytest.raises(RequestError, match="'fast'"):
-        engine.render(condition, request, 1, lambda step, steps: True)
+        engine.render(condition, request, 1, lambda step, steps, draw: True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -1,7 +1,8 @@
 """Stages whose networks are stubs and whose ledger, files and actors are real, to see what faults do to a run.
 
-A row's tags say what befalls it: `kill` names the stage that ends its own worker, `raise` the one that raises, `face`
-makes the frames show the photo's person. Each render is noted in `renders.log` beside the output root.
+A row's tags say what befalls it: `kill` names the stage that ends its own worker, `raise` the one that raises, `memory`
+the one that runs out of it, `face` makes the frames show the photo's person, `step_s` says how long a step takes. Each
+render is noted in `renders.log` beside the output root, each step in `steps.log`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +19,10 @@ import numpy as np
 import skimage.data
 
 from echovideo.conditioning import Condition
-from echovideo.engine import Rendered
+from echovideo.engine import KeepGoing, Rendered
 from echovideo.errors import RenderCancelledError
 from echovideo.request import RenderRequest
+from echovideo.video import poster_jpeg
 from pipelines.config import RunConfig
 from pipelines.ledger import Claim
 from pipelines.run import drive
@@ -39,6 +40,8 @@ def befall(row: Row, stage: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if row.request.tags.get("raise") == stage:
         raise ValueError(f"as the row {row.request.row_id} says")
+    if row.request.tags.get("memory") == stage:
+        raise MemoryError("as much as there is was not enough")
 
 
 class StubIdentity(Stage):
@@ -68,14 +71,14 @@ class StubRenderer:
     def __init__(self, log: Path) -> None:
         self.log = log
 
-    def render(
-        self, condition: Condition, request: RenderRequest, seed: int, keep_going: Callable[[int, int], bool]
-    ) -> Rendered:
+    def render(self, condition: Condition, request: RenderRequest, seed: int, keep_going: KeepGoing) -> Rendered:
         befall(Row(request=request), "render")
         for step in range(STEPS):
-            if not keep_going(step, STEPS):
+            if not keep_going(step, STEPS, _draw):
                 raise RenderCancelledError("as asked")
-            time.sleep(STEP_S)
+            with self.log.with_name("steps.log").open("a") as log:
+                log.write(f"{request.row_id} {step} {os.getpid()}\n")
+            time.sleep(float(request.tags.get("step_s", STEP_S)))
         with self.log.open("a") as log:
             log.write(f"{request.row_id} {seed}\n")
         if request.tags.get("face"):
@@ -85,6 +88,10 @@ class StubRenderer:
             shape = (request.num_frames, request.height, request.width, 3)
             frames = np.random.default_rng(seed).integers(0, 255, shape, np.uint8)
         return Rendered(frames_FHWC=frames, timings={"denoise": STEPS * STEP_S})
+
+
+def _draw() -> bytes:
+    return poster_jpeg(np.zeros((32, 32, 3), np.uint8))
 
 
 class StubRender(RenderStage):

@@ -432,3 +432,25 @@ def test_delete_run_with_a_living_driver_is_refused(root: StoragePath) -> None:
     with ledger.open_epoch(), pytest.raises(RunError) as caught:
         ledger.delete_run()
     assert caught.value.code == "already_running"
+
+
+def test_delete_row_leaves_its_neighbours_and_a_video_that_another_run_refers_to(
+    root: StoragePath, tmp_path: Path
+) -> None:
+    one, two = Ledger(root, "one"), Ledger(root, "two")
+    file = write_file(tmp_path / "v.mp4", b"video")
+    with one.open_epoch() as epoch:
+        for row_id, key in (("shared", KEY), ("alone", OTHER_KEY), ("neighbour", "ef" * 32)):
+            must_claim(one, row_id, epoch)
+            one.commit(ok(row_id, one.put_video(key, file, {})), epoch.number)
+            (one.folder / "posters" / f"{row_id}.jpg").write_bytes(b"poster")
+        two.find_video(KEY)
+        one.delete_row("shared", KEY)
+        one.delete_row("alone", OTHER_KEY)
+        one.delete_row("alone", OTHER_KEY)
+    assert list(one.outcomes()) == ["neighbour"]
+    assert (one.folder / "posters").list_names() == ["neighbour.jpg"]
+    assert {file.path.split("/")[0] for file in (one.folder / "claims").list_files()} == {"neighbour"}
+    assert two.find_video(KEY) is not None
+    assert two.find_video(OTHER_KEY) is None
+    assert two.find_video("ef" * 32) is not None

@@ -106,6 +106,15 @@ def test_s3_address_outside_the_buckets_is_refused(uri: str) -> None:
     refusal(uri, UriPolicy(s3_buckets=("b",)))
 
 
+@pytest.mark.parametrize(
+    "uri", ["s3://b/other/a.jpg", "s3://b/inputs.jpg", "s3://b/inputs/../other/a.jpg", "s3://bb/a"]
+)
+def test_s3_address_outside_the_allowed_prefix_is_refused(uri: str) -> None:
+    policy = UriPolicy(s3_buckets=("b/inputs",))
+    refusal(uri, policy)
+    check_uri("s3://b/inputs/a.jpg", policy)
+
+
 def test_s3_photo_is_read_up_to_its_limit(s3_root: StoragePath) -> None:
     (s3_root / "a.jpg").write_bytes(b"photo")
     policy = UriPolicy(s3_buckets=("echovideo",))

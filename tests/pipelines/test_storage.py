@@ -82,6 +82,15 @@ def test_write_read_stat_and_delete_agree(root: StoragePath) -> None:
     assert not path.exists()
 
 
+def test_read_range_is_that_part_of_the_content(root: StoragePath) -> None:
+    path = root / "a"
+    path.write_bytes(bytes(range(100)))
+    assert path.read_range(0, 10) == bytes(range(10))
+    assert path.read_range(90, 100) == bytes(range(90, 100))
+    with pytest.raises(NotFoundError):
+        (root / "b").read_range(0, 1)
+
+
 def test_json_round_trip_keeps_unicode_and_order_free(root: StoragePath) -> None:
     path = root / "value.json"
     path.write_json({"b": [1, 2.5, None], "a": "\u4f60\u597d"})

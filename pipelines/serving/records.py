@@ -1,0 +1,161 @@
+"""What the service keeps, as small files beside the batch path's, and the records themselves.
+
+Layout under the store:
+
+    access/                                        keys, sign-in links and sessions (pipelines/serving/access.py)
+    runs/service/epochs/                           the dispatcher's turns: one works, another stands by
+    tenants/<tenant>/                              an output root as the ledger lays it out: videos/ and runs/
+    tenants/<tenant>/inputs/                       where a tenant may put manifests and photos
+    tenants/<tenant>/runs/on-demand/requests/<id>.json   a single request, written if absent before it is accepted
+    tenants/<tenant>/runs/on-demand/uploads/<sha256>.jpg its photo, encoded anew
+    tenants/<tenant>/runs/on-demand/removed/<id>   marker: what is left of this request is to be deleted
+    tenants/<tenant>/runs/<run_id>/accepted.json   a batch that the service was asked to render
+    tenants/<tenant>/runs/<run_id>/ended           marker: every row of it has ended, and its views are written
+
+Claims, attempts, outcomes, identities and pictures of single requests lie in `runs/on-demand/` as those of any run,
+with the request's id as the row's. A request without an outcome or attempt is queued: that is all of the queue.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from echovideo.errors import RequestError
+from echovideo.request import RenderRequest
+from echovideo.settings import deciding_values
+from pipelines.ledger import Ledger
+from pipelines.serving.config import ServiceConfig
+from pipelines.storage import StoragePath, encode_json
+
+RECORD_VERSION = 1
+VIDEO_ID = re.compile(r"video_[0-9a-f]{24}")
+RUN_ID = re.compile(r"[0-9a-f]{16}")
+_TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoRecord:
+    """One accepted request. `created_at` is seconds since 1970, `key_id` who asked, `nonce` this acceptance's alone.
+
+    `request.row_id` is the video's id; its photo is the upload of digest `photo_sha256`.
+    """
+
+    tenant: str
+    key_id: str
+    created_at: float
+    request: RenderRequest
+    photo_sha256: str
+    nonce: str
+    remixed_from: str | None = None
+
+    @property
+    def video_id(self) -> str:
+        """The id that the tenant knows it by."""
+        return self.request.row_id
+
+    @property
+    def fingerprint(self) -> str:
+        """The digest of all that was asked for; the same Idempotency-Key must come with the same."""
+        asked = {
+            "photo": self.photo_sha256,
+            "request": deciding_values(self.request),
+            "consent_id": self.request.consent_id,
+            "tags": dict(self.request.tags),
+            "remixed_from": self.remixed_from,
+        }
+        return hashlib.sha256(encode_json(asked)).hexdigest()
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the record as a JSON-able dict."""
+        assert self.request.photo_bytes is None
+        return {"version": RECORD_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """Return the record of a `to_record` dict that may have been through JSON."""
+        values = {name: value for name, value in record.items() if name != "version"}
+        return cls(**{**values, "request": RenderRequest(**values["request"])})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One row for a renderer: whose it is, which of the tenant's runs it belongs to, and under which epoch."""
+
+    tenant: str
+    run_id: str
+    epoch: int
+    request: RenderRequest
+
+    @property
+    def name(self) -> tuple[str, str, str]:
+        """What tells the job from all others."""
+        return self.tenant, self.run_id, self.request.row_id
+
+
+class TenantStore:
+    """One tenant's single requests in the store."""
+
+    def __init__(self, config: ServiceConfig, tenant: str) -> None:
+        self.run = config.on_demand(tenant)
+        self.ledger = Ledger(self.run.output_path, self.run.run_id)
+
+    def request_path(self, video_id: str) -> StoragePath:
+        """Where a request's record lies."""
+        return self.ledger.folder / "requests" / f"{video_id}.json"
+
+    def upload_path(self, photo_sha256: str) -> StoragePath:
+        """Where an upload lies."""
+        return self.ledger.folder / "uploads" / f"{photo_sha256}.jpg"
+
+    def identity_path(self, photo_sha256: str) -> StoragePath:
+        """Where the identity stage keeps what it made of an upload."""
+        return self.ledger.folder / "identities" / f"{photo_sha256}.safetensors"
+
+    def removed_path(self, video_id: str) -> StoragePath:
+        """The marker of a request that is being deleted."""
+        return self.ledger.folder / "removed" / video_id
+
+    def picture_path(self, kind: str, video_id: str) -> StoragePath:
+        """Where a stage keeps one of a request's small pictures, a kind of `ledger.PICTURES`."""
+        return self.ledger.folder / kind / f"{video_id}.jpg"
+
+    def accept(self, record: VideoRecord, photo: bytes | None) -> VideoRecord:
+        """Write a request, its photo first, and return the record that stands under its id.
+
+        `photo` is None where the upload is there already. Raises RequestError `idempotency_mismatch` when the id, made
+        of an Idempotency-Key, stands for another request.
+        """
+        if photo is not None:
+            self.upload_path(record.photo_sha256).write_if_absent(photo)
+        path = self.request_path(record.video_id)
+        if path.write_json_if_absent(record.to_record()):
+            return record
+        earlier = VideoRecord.from_record(path.read_json())
+        if earlier.fingerprint != record.fingerprint:
+            raise RequestError(
+                "this Idempotency-Key came with another request before; use a new key for a new request",
+                code="idempotency_mismatch",
+            )
+        return earlier
+
+
+def new_video_id(tenant: str, idempotency_key: str | None) -> str:
+    """Return a new id, or the one id that an Idempotency-Key stands for within a tenant."""
+    if idempotency_key is None:
+        return f"video_{secrets.token_hex(12)}"
+    return "video_" + hashlib.sha256(f"{tenant}\n{idempotency_key}".encode()).hexdigest()[:24]
+
+
+def check_tenant(tenant: str) -> str:
+    """Return the tenant's name; raises RequestError unless it is lower-case letters, digits and dashes."""
+    if not _TENANT.fullmatch(tenant):
+        raise RequestError(
+            f"tenant {tenant!r} must be 1 to 63 lower-case letters, digits or '-', and start with no '-'",
+            code="invalid_tenant",
+        )
+    return tenant

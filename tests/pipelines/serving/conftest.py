@@ -1,0 +1,175 @@
+"""One Ray Serve for all tests of the service: the stub stages at /stub, and the tiny model at / where a test asks."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray
+import torch
+from ray import serve
+
+from echovideo.conditioning import Condition
+from echovideo.faces.analyzer import FaceAnalyzer
+from echovideo.faces.packs import open_pack
+from echovideo.model.card import ModelCard, write_card
+from pipelines.serving.access import Access
+from pipelines.serving.app import bind
+from pipelines.serving.config import ServiceConfig
+from pipelines.stages.stage import Stage
+
+SHAPE = {"size": "96x96", "num_frames": 17, "num_inference_steps": 10}
+ENDED = ("completed", "failed")
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service that runs: where, with which config, and a client with a key of tenant "studio"."""
+
+    url: str
+    config: ServiceConfig
+    client: httpx.Client
+
+    @property
+    def store(self) -> Path:
+        return Path(self.config.store)
+
+    def tenant(self, name: str = "studio") -> Path:
+        return self.store / "tenants" / name
+
+    def record(self, video_id: str) -> dict[str, Any]:
+        """What the store holds of a request."""
+        path = self.tenant() / "runs/on-demand/requests" / f"{video_id}.json"
+        record: dict[str, Any] = json.loads(path.read_text())
+        return record
+
+    def renders(self) -> Counter[str]:
+        """How often each row was rendered to its end."""
+        logs = self.store.rglob("renders.log")
+        return Counter(line.split()[0] for log in logs for line in log.read_text().splitlines())
+
+    def steps(self, row_id: str) -> list[tuple[int, int]]:
+        """Each step that was begun for a row, in order, and the process that took it."""
+        lines = [line.split() for log in self.store.rglob("steps.log") for line in log.read_text().splitlines()]
+        return [(int(step), int(pid)) for name, step, pid in lines if name == row_id]
+
+    def client_of(self, tenant: str, *scopes: str, **limits: int) -> httpx.Client:
+        _, text = Access(self.config.store_path).create_key(tenant, scopes or ("read", "render", "admin"), **limits)
+        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {text}"}, timeout=60)
+
+    def create(self, photo: bytes, client: httpx.Client | None = None, **fields: Any) -> dict[str, Any]:
+        """Ask for a video and return its document."""
+        headers = fields.pop("headers", {})
+        answer = (client or self.client).post(
+            "/v1/videos",
+            data={"prompt": "p", **SHAPE, **fields},
+            files={"photo": ("photo.png", photo)},
+            headers=headers,
+        )
+        assert answer.status_code == 202, answer.text
+        video: dict[str, Any] = answer.json()
+        return video
+
+    def view(self, video_id: str) -> dict[str, Any]:
+        answer = self.client.get(f"/v1/videos/{video_id}")
+        assert answer.status_code == 200, answer.text
+        video: dict[str, Any] = answer.json()
+        return video
+
+    def occupy(self, photo: bytes) -> list[str]:
+        """Give every renderer a video that takes long, and return these once all of them are in progress."""
+        fields = {"prompt": "busy", "tags": '{"step_s": "0.3"}'}
+        busy = [self.create(photo, seed=1000 + i, **fields)["id"] for i in range(self.config.num_renderers)]
+        for video_id in busy:
+            self.wait(video_id, "in_progress")
+        return busy
+
+    def forget(self, *video_ids: str) -> None:
+        """Delete videos, and with them what they would still cost."""
+        for video_id in video_ids:
+            self.client.delete(f"/v1/videos/{video_id}")
+
+    def wait(self, video_id: str, *statuses: str, timeout_s: float = 90) -> dict[str, Any]:
+        """Return the video once it stands at one of `statuses`, by default once it has ended."""
+        wait_until(lambda: self.view(video_id)["status"] in (statuses or ENDED), timeout_s)
+        return self.view(video_id)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 90) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def stub_stages() -> Sequence[type[Stage]]:
+    from tests.pipelines.stub_stages import STUBS
+
+    return STUBS
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on, below those that Ray's own parts and outgoing connections take."""
+    for port in random.sample(range(20000, 30000), 100):
+        with closing(socket.socket()) as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
+
+
+@pytest.fixture(scope="package")
+def stub_model(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, astronaut_png: bytes) -> Path:
+    """A model folder for the stub stages: real face nets, one identity, one condition, and a card that says trained."""
+    folder = tmp_path_factory.mktemp("stub") / "model"
+    shutil.copytree(tiny_folder / "face_encoder", folder / "face_encoder")
+    write_card(ModelCard(name="stub", licence="none", trained=True), folder)
+    identity = FaceAnalyzer(open_pack(folder / "face_encoder")).analyze(astronaut_png)
+    (folder / "identity.safetensors").write_bytes(identity.to_bytes())
+    mean, std = torch.zeros(16, 12, 12), torch.ones(16, 12, 12)
+    condition = Condition(fused_2ND=torch.zeros(2, 226, 8), face_mean_CHW=mean, face_std_CHW=std)
+    (folder / "condition.safetensors").write_bytes(condition.to_bytes())
+    return folder
+
+
+@pytest.fixture(scope="package")
+def serve_port() -> Iterator[int]:
+    """A local Ray with Serve's HTTP proxy on a free port."""
+    port = free_port()
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield port
+    serve.shutdown()
+    ray.shutdown()
+
+
+@pytest.fixture(scope="package")
+def stub(serve_port: int, stub_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The service with two renderers of stub stages."""
+    config = ServiceConfig.of_model(
+        str(stub_model),
+        store=str(tmp_path_factory.mktemp("service") / "store"),
+        num_renderers=2,
+        max_queued=40,
+        secure_cookies=False,
+    )
+    serve.run(bind(config, stub_stages), name="stub", route_prefix="/stub")
+    yield running(f"http://127.0.0.1:{serve_port}/stub", config)
+    serve.delete("stub")
+
+
+def running(url: str, config: ServiceConfig) -> Running:
+    client = Running(url, config, httpx.Client()).client_of("studio", requests_per_minute=100_000, max_active=10_000)
+    service = Running(url, config, client)
+    wait_until(lambda: client.get("/healthz").status_code == 200)
+    return service

@@ -1,0 +1,147 @@
+"""The whole path with the tiny model's real networks, as a web team's client meets it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from PIL import Image
+from ray import serve
+
+from echovideo.request import RenderRequest
+from echovideo.video import decode_mp4
+from pipelines.outcome import Rejected
+from pipelines.serving.app import bind
+from pipelines.serving.config import ServiceConfig
+from pipelines.serving.records import TenantStore, VideoRecord
+from tests.pipelines.serving.conftest import Running, running, wait_until
+
+OLD = "video_" + "0" * 24
+SHAPE = {"num_inference_steps": 6, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def tiny(serve_port: int, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The service with the tiny model."""
+    store = tmp_path_factory.mktemp("tiny") / "store"
+    config = ServiceConfig.of_model(str(tiny_folder), store=str(store), retention_days=1, secure_cookies=False)
+    put_old_request(config)
+    serve.run(bind(config), name="tiny", route_prefix="/tiny")
+    yield running(f"http://127.0.0.1:{serve_port}/tiny", config)
+    serve.delete("tiny")
+
+
+def put_old_request(config: ServiceConfig) -> None:
+    """Leave what a service of two days ago would have: a request that was refused, and its photo."""
+    home = TenantStore(config, "old")
+    request = RenderRequest(row_id=OLD, prompt="p", photo_uri="uploads/0.jpg")
+    record = VideoRecord(
+        tenant="old", key_id="k", created_at=time.time() - 2 * 86400, request=request, photo_sha256="0", nonce="n"
+    )
+    home.accept(record, b"photo")
+    with home.ledger.open_epoch() as epoch:
+        home.ledger.commit(Rejected(row_id=OLD, code="no_face", message="m"), epoch.number)
+
+
+def test_video_older_than_its_retention_is_deleted_with_its_photo(tiny: Running) -> None:
+    folder = tiny.tenant("old") / "runs/on-demand"
+    wait_until(lambda: not any((folder / name).is_file() for name in (f"requests/{OLD}.json", "uploads/0.jpg")))
+    wait_until(lambda: not (folder / "removed" / OLD).exists())
+    assert not (folder / "outcomes" / f"{OLD}.json").exists()
+
+
+def test_photo_check_shows_the_face_that_the_model_will_see(tiny: Running, astronaut_png: bytes) -> None:
+    answer = tiny.client.post("/v1/identities", files={"photo": ("photo.png", astronaut_png)})
+    assert answer.status_code == 200, answer.text
+    check = answer.json()
+    assert check["usable"] is True
+    assert check["photo"] == {"width": 512, "height": 512}
+    left, top, right, bottom = check["box"]
+    assert 150 < left < right < 320
+    assert 30 < top < bottom < 230
+    assert check["quality"]["detection_score"] > 0.9
+    with Image.open(io.BytesIO(base64.b64decode(check["crop"].partition(",")[2]))) as crop:
+        assert crop.size == (512, 512)
+        # The background is cut out, the face is not.
+        assert max(crop.getpixel((4, 4))) < 16
+        assert min(crop.getpixel((256, 300))) > 40
+    # Nothing of it is kept.
+    assert not tiny.tenant().exists()
+
+
+def test_photo_check_of_a_photo_without_a_face_says_why(tiny: Running) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (256, 256), (90, 120, 90)).save(buffer, "PNG")
+    photo = base64.b64encode(buffer.getvalue()).decode()
+    check = tiny.client.post("/v1/identities", json={"photo": photo}).json()
+    assert (check["usable"], check["refusal"]["code"], check["crop"]) == (False, "no_face", None)
+    video = tiny.create(buffer.getvalue())
+    failed = tiny.wait(video["id"])
+    assert (failed["status"], failed["error"]["code"]) == ("failed", "no_face")
+
+
+def test_openai_client_gets_a_video_of_the_tiny_model_with_previews_on_the_way(
+    tiny: Running, astronaut_png: bytes
+) -> None:
+    key = tiny.client.headers["Authorization"].removeprefix("Bearer ")
+    client = openai.OpenAI(base_url=f"{tiny.url}/v1", api_key=key, max_retries=0)
+    with warnings.catch_warnings():
+        # The client warns that another company's service has ended.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        video = client.videos.create(
+            prompt="A woman waves",
+            input_reference=("photo.png", astronaut_png),
+            size="160x96",  # type: ignore[arg-type]
+            seconds="1",  # type: ignore[arg-type]
+            extra_body=SHAPE,
+        )
+        with tiny.client.stream("GET", f"/v1/videos/{video.id}/events") as stream:
+            events = [line for line in stream.iter_lines() if line.startswith("event: ")]
+        ended = client.videos.retrieve(video.id)
+        assert ended.status == "completed", ended.error
+        frames = decode_mp4(client.videos.download_content(video.id).read())
+    assert frames.shape == (17, 96, 160, 3)
+    assert "event: preview" in events
+    record = tiny.client.get(f"/v1/videos/{video.id}/record").json()
+    assert record["seed"] == 5
+    assert record["model"]["name"] == "tiny-1"
+    view = tiny.view(video.id)
+    assert view["steps"] == 6
+    assert view["expires_at"] == view["created_at"] + 86400
+    for variant in ("thumbnail", "photo", "face"):
+        picture = tiny.client.get(f"/v1/videos/{video.id}/content", params={"variant": variant})
+        assert picture.headers["content-type"] == "image/jpeg"
+
+    text = tiny.client.get("/metrics").text
+    assert 'echovideo_outcomes_total{outcome="ok"} 1.0' in text
+    for measure in ("queue_wait_seconds_count", "steps_per_second", 'memory_bytes{kind="host"}', 'stage="denoise"'):
+        assert measure in text
+
+
+def test_options_and_estimate_say_what_a_form_needs(tiny: Running) -> None:
+    options = tiny.client.get("/v1/options").json()
+    assert options["model"] == {"name": "tiny-1", "licence": "Apache-2.0", "trained": False}
+    assert options["sizes"]["wide"] == {"width": 848, "height": 480}
+    estimate = tiny.client.get("/v1/estimate", params={"size": "160x96", "num_frames": 17, "num_inference_steps": 6})
+    assert estimate.json()["render_seconds"] > 0
+    assert estimate.json()["queue_seconds"] == 0
+
+
+def test_application_and_ingress_load_without_torch() -> None:
+    # A replica that imports torch takes seconds to be there; only renderers and the face check may.
+    program = (
+        "import sys, pipelines.serving.app, pipelines.serving.api.app, pipelines.serving.local; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
