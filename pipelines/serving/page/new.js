@@ -49,8 +49,8 @@ export async function prepare(opened) {
     idempotencyKey = null;
   });
   form.addEventListener("change", changed);
-  $("takes").addEventListener("change", () => {
-    const count = Number($("takes").value);
+  $("num-takes").addEventListener("change", () => {
+    const count = Number($("num-takes").value);
     $("send").textContent = count === 1 ? "Make the video" : `Make ${count} takes`;
   });
   form.addEventListener("submit", (event) => {
@@ -73,7 +73,7 @@ export async function estimate() {
     return;
   }
   const { queue_seconds: queue, render_seconds: render } = expected;
-  const takes = $("takes").value === "1" ? "" : " a take";
+  const takes = $("num-takes").value === "1" ? "" : " a take";
   const wait = queue === 0 ? "" : queue === null ? ", after others that wait" : `, after ${roughly(queue)} of waiting`;
   const first = "No estimate yet: nothing was made here so far.";
   const words = roughly(render ?? 0);
@@ -81,7 +81,7 @@ export async function estimate() {
 }
 
 function changed(event) {
-  if (["size", "num_frames", "num_inference_steps", "takes"].includes(event.target.id)) estimate();
+  if (["size", "num_frames", "num_inference_steps", "num-takes"].includes(event.target.id)) estimate();
 }
 
 /** Show a photo at once, and what the service says of its face as soon as it is known. */
@@ -179,7 +179,7 @@ async function ask() {
   body.set("photo", photo);
   const video = await send("POST", "v1/videos", body, { "Idempotency-Key": idempotencyKey });
   const ids = [video.id];
-  for (let take = 1; take < Number($("takes").value); take += 1) {
+  for (let take = 1; take < Number($("num-takes").value); take += 1) {
     const other = { prompt: video.prompt, seed: Number(body.get("seed") || options.defaults.seed) + take };
     const remixed = await send("POST", `v1/videos/${video.id}/remix`, other, { "Idempotency-Key": `${idempotencyKey}-${take}` });
     ids.push(remixed.id);

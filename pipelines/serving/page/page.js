@@ -9,6 +9,7 @@ import { sentence } from "./words.js";
 const $ = (id) => document.getElementById(id);
 const VIDEO_IDS = /^#\/videos\/(video_[0-9a-f]{24}(?:,video_[0-9a-f]{24})*)$/;
 let current = null;
+let shown = null;
 
 const open = (ids) => {
   location.hash = `#/videos/${ids.join(",")}`;
@@ -28,7 +29,7 @@ async function route() {
   const { signal } = current;
   const ids = VIDEO_IDS.exec(location.hash)?.[1].split(",");
   const name = ids ? "takes" : { "#/videos": "videos", "#/batches": "batches" }[location.hash] ?? "new";
-  reveal(name);
+  if (name !== shown) reveal(name);
   for (const link of $("pages").children) {
     const here = link.hash === (ids ? "#/videos" : location.hash || "#/");
     if (here) link.setAttribute("aria-current", "page");
@@ -48,7 +49,9 @@ function reveal(name) {
   for (const section of document.querySelectorAll("main > section")) section.hidden = section.id !== name;
   const title = $(name).querySelector("h1");
   document.title = `${name === "takes" ? "Video" : title.textContent} - EchoVideo`;
-  if (document.activeElement !== document.body) title.focus();
+  // What had the focus is hidden now; but a page that has just been loaded is read from its top.
+  if (shown) title.focus();
+  shown = name;
 }
 
 function showSignedOut() {
