@@ -8,6 +8,7 @@ const form = $("ask");
 let options;
 let photo = null;
 let check = null;
+let sending = false;
 let idempotencyKey = null;
 
 /** Fill the form with what this service offers. `opened` is called with the ids of the videos that were asked for. */
@@ -158,13 +159,14 @@ async function submit(opened) {
     refuse(new Problem(0, "checking", "The photo is still being checked; press again in a moment."));
     return;
   }
-  $("send").disabled = true;
+  if (sending) return;
+  sending = true;
   try {
     opened(await ask());
   } catch (error) {
     refuse(error);
   } finally {
-    $("send").disabled = false;
+    sending = false;
   }
 }
 

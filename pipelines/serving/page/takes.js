@@ -93,9 +93,9 @@ export function show(ids, signal, opened) {
   }
 
   async function act(take, action) {
-    if (action === "delete" && !(await confirmed())) return;
     if (action === "again") {
-      const seed = Math.max(...Array.from(takes.values(), (each) => each.video.seed)) + 1;
+      const next = Math.max(...Array.from(takes.values(), (each) => each.video.seed)) + 1;
+      const seed = take.video.status === "completed" ? next : take.video.seed;
       const { id } = await send("POST", `v1/videos/${take.id}/remix`, { prompt: take.video.prompt, seed });
       opened([...takes.keys(), id]);
       return;
@@ -110,14 +110,15 @@ export function show(ids, signal, opened) {
   list.onclick = async (event) => {
     const button = event.target.closest("button[data-do]");
     const take = Array.from(takes.values()).find((each) => each.card.contains(button));
-    if (!button || !take) return;
-    button.disabled = true;
+    if (!button || !take || take.busy) return;
+    // Buttons stay enabled, because a disabled one loses the focus.
+    take.busy = true;
     try {
-      await act(take, button.dataset.do);
+      if (button.dataset.do !== "delete" || (await confirmed())) await act(take, button.dataset.do);
     } catch (error) {
       take.complain(error);
     } finally {
-      button.disabled = false;
+      take.busy = false;
     }
   };
   document.addEventListener(
@@ -148,6 +149,7 @@ class Take {
   constructor(id) {
     this.id = id;
     this.video = null;
+    this.busy = false;
     this.card = document.getElementById("take").content.cloneNode(true).firstElementChild;
     this.card.querySelector("details").addEventListener("toggle", () => this.#showRecord());
   }
@@ -180,12 +182,14 @@ class Take {
     download.hidden = !video.has_content;
     download.href = `v1/videos/${video.id}/content`;
     download.download = `echovideo-seed-${video.seed}.mp4`;
-    this.#part('[data-do="again"]').hidden = video.status !== "completed";
+    const again = this.#part('[data-do="again"]');
+    again.hidden = !hasEnded(video) || look === "rejected";
+    again.textContent = video.status === "completed" ? "Another take" : "Try again";
     this.#part('[data-do="cancel"]').hidden = hasEnded(video);
     this.#part('[data-do="delete"]').hidden = !hasEnded(video);
-    const named = { download: "Download", again: "Another take of", cancel: "Cancel", delete: "Delete" };
-    for (const [action, words] of Object.entries(named)) {
-      this.#part(`[data-do="${action}"]`).setAttribute("aria-label", action === "again" ? "Another take" : `${words} seed ${video.seed}`);
+    for (const action of ["download", "cancel", "delete"]) {
+      const button = this.#part(`[data-do="${action}"]`);
+      button.setAttribute("aria-label", `${button.textContent} seed ${video.seed}`);
     }
   }
 

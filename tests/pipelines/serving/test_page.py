@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 import secrets
@@ -200,15 +201,16 @@ def test_photo_that_is_dropped_or_pasted_is_checked_like_a_chosen_one(
 ) -> None:
     page = person.sign_in()
     page.evaluate(
-        """([way, bytes]) => {
+        """([way, base64]) => {
             const data = new DataTransfer();
-            data.items.add(new File([new Uint8Array(bytes)], "photo.png", { type: "image/png" }));
+            const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+            data.items.add(new File([bytes], "photo.png", { type: "image/png" }));
             const event = way === "drop"
                 ? new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true })
                 : new ClipboardEvent("paste", { clipboardData: data, bubbles: true, cancelable: true });
             document.getElementById("drop").dispatchEvent(event);
         }""",
-        [way, list(photo["buffer"])],
+        [way, base64.b64encode(photo["buffer"]).decode()],
     )
     expect(page.get_by_text("This face can be used")).to_be_visible()
     expect(page.get_by_alt_text("The face as the model will see it")).to_be_visible()
@@ -256,6 +258,8 @@ def test_video_refused_by_the_path_itself_says_why_in_the_page(person: Person, a
     expect(page.locator(".take .badge")).to_have_text("Failed")
     expect(page.locator(".take .reason")).to_have_text("As much as there is was not enough.")
     expect(page.get_by_role("link", name="Download")).to_be_hidden()
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator(".take .badge")).to_have_text(["Failed", "Failed"])
     page.goto(person.address("video_" + "0" * 24))
     expect(page.get_by_role("listitem").get_by_text("This video is not there")).to_be_visible()
 
