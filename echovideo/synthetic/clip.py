@@ -132,7 +132,7 @@ def scene_curves(conditions: Sequence[ClipCondition], frames: int, *, reference:
 
     eased = time * time * (3 - 2 * time)
     cycle = 2 * math.pi * time
-    amount = 1 + 0.25 * nuisance["amount"]
+    amount = 1 + 0.2 * nuisance["amount"]
     phase = nuisance["phase"] * math.pi
 
     turn = (has("motion", "turn_right") - has("motion", "turn_left")) * amount
@@ -146,7 +146,7 @@ def scene_curves(conditions: Sequence[ClipCondition], frames: int, *, reference:
     sway = 1.2 * torch.sin(cycle + phase)
 
     talk = has("motion", "talk") * (0.5 + 0.5 * torch.sin(3.2 * cycle + phase)) * amount
-    smile = has("expression", "smile") + 1.1 * has("expression", "laugh")
+    smile = 0.8 * has("expression", "smile") + 0.9 * has("expression", "laugh")
     surprise = has("expression", "surprise")
     # One blink in about half of the clips, three frames of seventeen long.
     blink = (1 - ((time - 0.5 - 0.45 * nuisance["gaze_y"]) / 0.085).abs()).clamp(min=0) * (nuisance["phase"] > 0)
@@ -160,10 +160,10 @@ def scene_curves(conditions: Sequence[ClipCondition], frames: int, *, reference:
         "shift_y": 0.06 * nuisance["shift_y"],
         "zoom": (0.29 + 0.012 * nuisance["zoom"]) * (1 + has("motion", "approach") * (0.24 * eased - 0.08)),
         "smile": smile * (0.9 + 0.1 * torch.sin(cycle + phase)) * amount,
-        "frown": has("expression", "frown") * amount,
-        "mouth_open": (0.55 * has("expression", "laugh") + 0.5 * surprise) * amount + 0.5 * talk,
+        "frown": 0.7 * has("expression", "frown") * amount,
+        "mouth_open": (0.32 * has("expression", "laugh") + 0.34 * surprise) * amount + 0.34 * talk,
         "mouth_round": surprise,
-        "brow_raise": surprise * amount + 0.15 * smile - 0.7 * has("expression", "frown") * amount,
+        "brow_raise": 0.75 * surprise * amount + 0.1 * smile - 0.5 * has("expression", "frown") * amount,
         "blink": blink,
         "gaze_x": 0.25 * nuisance["gaze_x"] - 0.016 * yaw,
         "gaze_y": 0.2 * nuisance["gaze_y"] + 0.012 * pitch,

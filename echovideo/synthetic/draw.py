@@ -253,7 +253,7 @@ def _with_glasses(
     frame = mix(colours["frame"], colours["gold"], (scene["frame_colour"] > 0.3).float())
     glare = 0.10 * smooth_step(x.abs() * 0.8 + y, 0.30, 0.42)
     picture = mix(picture, colours["light_colour:white"] * 0.8, lens * glare * visible)
-    return mix(picture, frame, 0.95 * rim)
+    return mix(picture, frame, 0.85 * rim)
 
 
 def _normal(nearest: Callable[[Point], Tensor], point: Point) -> Point:

@@ -56,7 +56,7 @@ def mouth_line(person: Columns, scene: Columns, across: Tensor) -> Tensor:
 
 def mouth_half_width(person: Columns, scene: Columns) -> Tensor:
     """Return half the distance between the mouth's corners."""
-    wide: Tensor = person["mouth_width"] * (1 + 0.24 * scene["smile"] - 0.30 * scene["mouth_round"])
+    wide: Tensor = person["mouth_width"] * (1 + 0.14 * scene["smile"] - 0.22 * scene["mouth_round"])
     return wide
 
 
@@ -70,7 +70,7 @@ def head_distance(person: Columns, scene: Columns, point: Point) -> Tensor:
     """Return the signed distance of points in head coordinates to the face, cranium and ears."""
     x, y, z = point
     side = torch.sqrt(x * x + 4e-4)
-    jaw_drop = 0.08 * scene["mouth_open"]
+    jaw_drop = 0.06 * scene["mouth_open"]
     below = smooth_step(y, 0.5, 1.0)
     y_jaw = y - jaw_drop * below
 

@@ -33,7 +33,7 @@ _COLOURS: Mapping[str, str] = {
     **{"garment_colour:red": "c22b2b", "garment_colour:blue": "2f55b5", "garment_colour:green": "2f8a4c"},
     **{"garment_colour:yellow": "e6b92f", "garment_colour:white": "e8e6e1", "garment_colour:black": "22232a"},
     **{"light_colour:white": "ffffff", "light_colour:warm": "ffd09a", "light_colour:cool": "a9c8ff"},
-    **{"frame": "15151a", "gold": "9a7434", "shadow": "2a1410"},
+    **{"frame": "2b2320", "gold": "9a7434", "shadow": "2a1410"},
     **{"wall_top": "b9b4ac", "wall_bottom": "8f8a84", "leaf": "4f8a3c", "leaf_dark": "2c5a2c", "sky": "a9d3f2"},
     **{"sky_high": "5aa2e0", "sea": "2f7fa6", "sand": "dcc59a", "night": "141a33", "night_low": "2c2a4a"},
     **{"lamp_warm": "ffc46b", "lamp_cool": "7fb8ff", "wood": "5a3a22", "book_red": "8a3030", "book_blue": "2f4a70"},
@@ -192,8 +192,8 @@ def glasses(person: Columns, scene: Columns, x: Tensor, y: Tensor, soft: Tensor)
     square_edge = torch.sqrt(over_x * over_x + over_y * over_y) - 0.085
     edge = round_edge * scene["glasses:round"] + square_edge * scene["glasses:square"]
     worn = scene["glasses:round"] + scene["glasses:square"]
-    rim = smooth_step(edge.abs(), 0.024 + soft, 0.024 - soft)
-    bridge = smooth_step((y + 0.035 + 0.15 * x * x).abs(), 0.02 + soft, 0.02 - soft) * (edge > 0) * (side < 0)
+    rim = smooth_step(edge.abs(), 0.012 + soft, 0.012 - soft)
+    bridge = smooth_step((y + 0.035 + 0.15 * x * x).abs(), 0.012 + soft, 0.012 - soft) * (edge > 0) * (side < 0)
     return worn * torch.maximum(rim, bridge), worn * smooth_step(edge, soft, -soft)
 
 
