@@ -55,6 +55,8 @@ _NUISANCES = (
 CURVES: tuple[str, ...] = (
     *("yaw", "pitch", "roll", "shift_x", "shift_y", "zoom"),
     *("smile", "frown", "mouth_open", "mouth_round", "brow_raise", "blink", "gaze_x", "gaze_y"),
+    *(f"turn_{entry}" for entry in range(9)),
+    *("body_cosine", "body_sine"),
     *("light_x", "light_y", "light_z", "key", "ambient", "parting", "fringe", "backdrop", "frame_colour"),
     *(
         f"{name}:{value}"
@@ -62,7 +64,7 @@ CURVES: tuple[str, ...] = (
         for value in ATTRIBUTES[name]
     ),
 )
-"""Names of the scene tensor's columns."""
+"""Names of the scene tensor's columns: angles in degrees, the rest as `scene_curves` makes them."""
 
 MAX_YAW_DEGREES = 30.0
 
@@ -151,25 +153,38 @@ def scene_curves(conditions: Sequence[ClipCondition], frames: int, *, reference:
     # One blink in about half of the clips, three frames of seventeen long.
     blink = (1 - ((time - 0.5 - 0.45 * nuisance["gaze_y"]) / 0.085).abs()).clamp(min=0) * (nuisance["phase"] > 0)
 
+    yaw = yaw.clamp(-MAX_YAW_DEGREES, MAX_YAW_DEGREES) + 0.4 * sway
+    pitch = pitch + 0.3 * sway
+    roll = 4 * nuisance["roll"] + 0.5 * sway
+    # The shoulders follow a turn of the head a little.
+    body_angle = torch.deg2rad(0.3 * yaw)
+
     light_side = has("light", "right") - has("light", "left")
+    light_x = 0.85 * light_side + 0.18 * nuisance["light_side"]
+    light_y = -0.45 - 0.15 * nuisance["light_height"] - 0.70 * has("light", "above")
+    light_z = 1.0 - 0.25 * light_side.abs() - 0.35 * has("light", "above")
+    light_size = torch.sqrt(light_x**2 + light_y**2 + light_z**2)
     columns = {
-        "yaw": yaw.clamp(-MAX_YAW_DEGREES, MAX_YAW_DEGREES) + 0.4 * sway,
-        "pitch": pitch + 0.3 * sway,
-        "roll": 4 * nuisance["roll"] + 0.5 * sway,
+        "yaw": yaw,
+        "pitch": pitch,
+        "roll": roll,
+        **{f"turn_{number}": entry for number, entry in enumerate(_rotation(yaw, pitch, roll))},
+        "body_cosine": torch.cos(body_angle),
+        "body_sine": torch.sin(body_angle),
         "shift_x": 0.10 * nuisance["shift_x"] + 0.012 * sway,
         "shift_y": 0.06 * nuisance["shift_y"],
         "zoom": (0.29 + 0.012 * nuisance["zoom"]) * (1 + has("motion", "approach") * (0.24 * eased - 0.08)),
         "smile": smile * (0.9 + 0.1 * torch.sin(cycle + phase)) * amount,
         "frown": 0.7 * has("expression", "frown") * amount,
-        "mouth_open": (0.32 * has("expression", "laugh") + 0.34 * surprise) * amount + 0.34 * talk,
+        "mouth_open": (0.26 * has("expression", "laugh") + 0.28 * surprise) * amount + 0.26 * talk,
         "mouth_round": surprise,
         "brow_raise": 0.75 * surprise * amount + 0.1 * smile - 0.5 * has("expression", "frown") * amount,
         "blink": blink,
         "gaze_x": 0.25 * nuisance["gaze_x"] - 0.016 * yaw,
         "gaze_y": 0.2 * nuisance["gaze_y"] + 0.012 * pitch,
-        "light_x": 1.05 * light_side + 0.22 * nuisance["light_side"],
-        "light_y": -0.45 - 0.15 * nuisance["light_height"] - 0.95 * has("light", "above"),
-        "light_z": 1.0 - 0.25 * light_side.abs() - 0.35 * has("light", "above"),
+        "light_x": light_x / light_size,
+        "light_y": light_y / light_size,
+        "light_z": light_z / light_size,
         "key": 1 + 0.14 * nuisance["exposure"],
         "ambient": 1 + 0.2 * nuisance["ambient"],
         "parting": nuisance["parting"],
@@ -180,3 +195,21 @@ def scene_curves(conditions: Sequence[ClipCondition], frames: int, *, reference:
     columns |= {name: has(*name.split(":")) for name in CURVES if ":" in name}
     shape = len(conditions), frames
     return torch.stack([columns[name].expand(shape) for name in CURVES], dim=2)
+
+
+def _rotation(yaw: Tensor, pitch: Tensor, roll: Tensor) -> tuple[Tensor, ...]:
+    """Return the nine entries, row by row, of the head's rotation: pitch (up), then yaw (right), then roll (clockwise)."""
+    cos_y, sin_y = torch.cos(torch.deg2rad(yaw)), torch.sin(torch.deg2rad(yaw))
+    cos_p, sin_p = torch.cos(torch.deg2rad(pitch)), torch.sin(torch.deg2rad(pitch))
+    cos_r, sin_r = torch.cos(torch.deg2rad(roll)), torch.sin(torch.deg2rad(roll))
+    return (
+        cos_r * cos_y,
+        cos_r * sin_y * sin_p - sin_r * cos_p,
+        cos_r * sin_y * cos_p + sin_r * sin_p,
+        sin_r * cos_y,
+        sin_r * sin_y * sin_p + cos_r * cos_p,
+        sin_r * sin_y * cos_p - cos_r * sin_p,
+        -sin_y,
+        cos_y * sin_p,
+        cos_y * cos_p,
+    )

@@ -184,21 +184,16 @@ def clothed(scene: Columns, point: Point) -> Tensor:
     return smooth_step(y, collar - 0.015, collar + 0.015)
 
 
-def landmarks(person: Columns, scene: Columns) -> Point:
-    """Return the five points on the head's surface, head coordinates, in the last axis of each coordinate.
+def landmark_columns(person: Columns, scene: Columns) -> tuple[Tensor, Tensor]:
+    """Return x and y, head coordinates, of the five points in the last axis; they lie where z meets the skin.
 
     The order is the detectors': eye, eye, nose tip, mouth corner, mouth corner, the picture's left one first.
     """
     half = mouth_half_width(person, scene)
     corner = mouth_line(person, scene, torch.ones_like(half))
     zero = torch.zeros_like(half)
-    nose_x = person["skew"] + zero
-    x = torch.cat((zero - person["eye_x"], zero + person["eye_x"], nose_x, -half, half), dim=-1)
-    y = torch.cat((zero, zero, zero + _tip_height(person), corner, corner), dim=-1)
-    z = torch.full_like(x, 1.2)
-    for _ in range(24):
-        z = z - head_distance(person, scene, (x, y, z)) * 0.8
-    return x, y, z
+    x = torch.cat((zero - person["eye_x"], zero + person["eye_x"], zero + person["skew"], -half, half), dim=-1)
+    return x, torch.cat((zero, zero, zero + _tip_height(person), corner, corner), dim=-1)
 
 
 def _tip_height(person: Columns) -> Tensor:

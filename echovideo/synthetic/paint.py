@@ -32,7 +32,7 @@ _COLOURS: Mapping[str, str] = {
     **{"hair_colour:blue": "2b63dd", "rose": "b8324a", "sclera": "ece7e2", "teeth": "f2ede4", "mouth": "3a1012"},
     **{"garment_colour:red": "c22b2b", "garment_colour:blue": "2f55b5", "garment_colour:green": "2f8a4c"},
     **{"garment_colour:yellow": "e6b92f", "garment_colour:white": "e8e6e1", "garment_colour:black": "22232a"},
-    **{"light_colour:white": "ffffff", "light_colour:warm": "ffd09a", "light_colour:cool": "a9c8ff"},
+    **{"light_colour:white": "ffffff", "light_colour:warm": "ffdcb0", "light_colour:cool": "c3d8ff"},
     **{"frame": "2b2320", "gold": "9a7434", "shadow": "2a1410"},
     **{"wall_top": "b9b4ac", "wall_bottom": "8f8a84", "leaf": "4f8a3c", "leaf_dark": "2c5a2c", "sky": "a9d3f2"},
     **{"sky_high": "5aa2e0", "sea": "2f7fa6", "sand": "dcc59a", "night": "141a33", "night_low": "2c2a4a"},
@@ -75,6 +75,14 @@ def natural_hair_colour(person: Columns, colours: Palette) -> Tensor:
     hair = _between([colours[f"hair{i}"] for i in range(5)], person["hair_tone"])
     hair = mix(hair, colours["copper"] * (1.1 - 0.8 * person["hair_tone"]), 0.8 * person["hair_red"])
     return mix(hair, colours["grey"], 0.9 * person["hair_grey"])
+
+
+def light_colour(scene: Columns, colours: Palette) -> Tensor:
+    """Return the colour of the light, (B, F, 3, 1, 1)."""
+    total = torch.zeros_like(colours["light_colour:white"])
+    for name in ("light_colour:white", "light_colour:warm", "light_colour:cool"):
+        total = total + colours[name] * scene[name]
+    return total
 
 
 def paint_hair(person: Columns, scene: Columns, colours: Palette, point: Point) -> Tensor:

@@ -118,7 +118,8 @@ def identity_parameters(seeds: Tensor) -> Tensor:
     values: dict[str, Tensor] = {}
     for name, (mean, half_range, loading) in _SHAPE.items():
         spread = (1 - abs(loading)) * (own[name] * 2 - 1) + loading * sturdy
-        values[name] = mean + half_range * spread / (1 - abs(loading) + loading**2) ** 0.5
+        # Pushed towards the ends of the range: people differ more than with an even spread over the same range.
+        values[name] = mean + half_range * spread.sign() * spread.abs() ** 0.6
 
     melanin = own["melanin"]
     # Only lighter skin comes with light eyes and hair often; coils come with darker skin more often. None is ruled out.
