@@ -7,13 +7,8 @@ the test split's, the mean embedding is of validation people.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,11 +18,11 @@ from PIL import Image
 from echovideo.faces.analyzer import recognition_crop
 from echovideo.faces.mtcnn import MtcnnDetector
 from echovideo.faces.recogniser import DlibFaceRecogniser, load_recogniser
-from echovideo.synthetic.clip import CURVES, MAX_YAW_DEGREES, sample_conditions, scene_curves
+from echovideo.synthetic.clip import CURVES, sample_conditions, scene_curves
 from echovideo.synthetic.draw import draw_references, draw_tensors
 from echovideo.synthetic.person import SPLITS, Person, people
+from echovideo.synthetic.results import RESULTS, Row, write_results
 
-RESULTS = Path(__file__).parent / "results"
 DETECTION_FLOOR, VERIFICATION_FLOOR, TONE_FLOOR = 0.95, 0.98, 0.97
 POINT_TOLERANCE = 0.25
 CLIPS, FRAMES = 2, 3
@@ -89,9 +84,7 @@ def look_at(
     )
 
 
-def verification_auc(
-    sightings: Sightings, mean: NDArray[np.float32], tone: tuple[float, float] = (0.0, 1.0)
-) -> float:
+def verification_auc(sightings: Sightings, mean: NDArray[np.float32], tone: tuple[float, float] = (0.0, 1.0)) -> float:
     """Return the chance that two clips of one person look more alike than clips of two, both of `tone` in melanin.
 
     Likeness is the cosine of embeddings less `mean`. Genuine pairs are of different clips, so that nothing but the
@@ -130,7 +123,7 @@ def contact_sheet(shown: Sequence[Person], side: int = 96, columns: int = 8) -> 
     return sheet
 
 
-def measure(count: int) -> list[dict[str, object]]:
+def measure(count: int) -> list[Row]:
     """Return the result rows for `count` test people."""
     detector, recogniser = MtcnnDetector(), load_recogniser()
     split = SPLITS["test"]
@@ -138,40 +131,24 @@ def measure(count: int) -> list[dict[str, object]]:
     others = look_at(people(SPLITS["validation"][: count // 2]), detector, recogniser, clips=1)
     mean = others.embeddings[others.found].mean(axis=0)
 
-    def row(name: str, metric: str, value: float, floor: float | None) -> dict[str, object]:
-        return {"name": name, "metric": metric, "value": value, "unit": "", "floor": floor, "against": {}}
+    def seen(name: str, chosen: NDArray[np.bool_], floor: float | None = None) -> Row:
+        value = float(sightings.seen[chosen].mean())
+        return Row(name=name, metric="found with its points", value=value, unit="share", floor=floor)
+
+    def told_apart(name: str, tone: tuple[float, float], floor: float) -> Row:
+        value = verification_auc(sightings, mean, tone)
+        return Row(name=name, metric="verification", value=value, unit="AUC", floor=floor)
 
     turned = np.abs(sightings.yaw)
-    rows = [row("all", "points within a quarter eye distance", float(sightings.seen.mean()), DETECTION_FLOOR)]
-    for low in (0, 10, 20):
-        inside = (turned >= low) & (turned < (low + 10 if low < 20 else MAX_YAW_DEGREES + 1))
-        rows.append(row(f"yaw from {low}", "points within a quarter eye distance", float(sightings.seen[inside].mean()), None))
-    rows.append(row("all", "verification AUC", verification_auc(sightings, mean), VERIFICATION_FLOOR))
+    rows = [seen("all", turned >= 0, DETECTION_FLOOR)]
+    for low, high in ((0, 10), (10, 20), (20, 90)):
+        rows.append(seen(f"yaw from {low} degrees", (turned >= low) & (turned < high)))
+    rows.append(told_apart("all", (0.0, 1.0), VERIFICATION_FLOOR))
     for number, name in enumerate(_TONES):
         tone = number / 3, (number + 1) / 3
-        inside = (sightings.melanin >= tone[0]) & (sightings.melanin <= tone[1])
-        rows.append(row(name, "points within a quarter eye distance", float(sightings.seen[inside].mean()), None))
-        rows.append(row(name, "verification AUC", verification_auc(sightings, mean, tone), TONE_FLOOR))
+        rows.append(seen(f"{name} skin", (sightings.melanin >= tone[0]) & (sightings.melanin <= tone[1])))
+        rows.append(told_apart(f"{name} skin", tone, TONE_FLOOR))
     return rows
-
-
-def write_results(benchmark: str, machine: str, rows: Sequence[dict[str, object]]) -> Path:
-    """Write one results file beside this module and return its path."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    record = {
-        "benchmark": benchmark,
-        "machine": machine,
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "commit": commit,
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "rows": list(rows),
-    }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{benchmark}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return path
 
 
 def main() -> None:
@@ -180,13 +157,9 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=200)
     count: int = parser.parse_args().people
     rows = measure(count)
-    for entry in rows:
-        floor = "" if entry["floor"] is None else f"  (at least {entry['floor']})"
-        print(f"{entry['name']:12} {entry['metric']:38} {entry['value']:.4f}{floor}")
-    path = write_results("check", f"{torch.get_num_threads()} CPU threads", rows)
+    write_results("check", f"{torch.get_num_threads()} CPU threads", rows, None)
     contact_sheet(people(SPLITS["test"][:8])).save(RESULTS / "people.png")
-    print(f"wrote {path}")
-    if any(entry["floor"] is not None and entry["value"] < entry["floor"] for entry in rows):  # type: ignore[operator]
+    if not all(row.passed for row in rows):
         raise SystemExit(1)
 
 

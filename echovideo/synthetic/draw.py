@@ -79,9 +79,7 @@ def draw_references(
 
 
 @torch.no_grad()
-def draw_tensors(
-    identity_BP: Tensor, scene_BFS: Tensor, height: int, width: int, *, compiled: bool = False
-) -> Drawing:
+def draw_tensors(identity_BP: Tensor, scene_BFS: Tensor, height: int, width: int, *, compiled: bool = False) -> Drawing:
     """Return the clips of an identity tensor and a scene tensor, float32 on one device.
 
     `compiled` runs the three functions that all time is spent in through torch.compile, once for each shape.
@@ -132,8 +130,7 @@ def _stages(compiled: bool) -> tuple[Callable[..., Tensor], Callable[..., tuple[
 
 def _person(identity_BP: Tensor) -> Columns:
     return {
-        name: column[:, None, None, None, None]
-        for name, column in zip(PARAMETERS, identity_BP.unbind(1), strict=True)
+        name: column[:, None, None, None, None] for name, column in zip(PARAMETERS, identity_BP.unbind(1), strict=True)
     }
 
 
@@ -200,12 +197,16 @@ def _shade(
         smooth_step(near_shade / _SHADOW_REACH[0], -0.15, 0.42), smooth_step(far_shade / _SHADOW_REACH[1], -0.15, 0.42)
     )
     shadow = 0.40 + 0.60 * lit_share
-    lit = _light(person, scene, colours, normal, in_head, colour, gloss, eyes * bare, hair_share, flesh, occlusion, shadow)
+    lit = _light(
+        person, scene, colours, normal, in_head, colour, gloss, eyes * bare, hair_share, flesh, occlusion, shadow
+    )
 
     across, down = _picture_plane(scene["zoom"], height, width)
     behind = paint.paint_background(scene, colours, across, down)
     picture = mix(behind * (0.75 + 0.25 * paint.light_colour(scene, colours)), lit, solid)
-    picture = _with_glasses(person, scene, colours, _rays(scene, height, width), picture, solid * (1 - hair_share), pixel)
+    picture = _with_glasses(
+        person, scene, colours, _rays(scene, height, width), picture, solid * (1 - hair_share), pixel
+    )
     frames = paint.srgb((picture / (1 + 0.12 * picture)).clamp(0, 1))
     return frames, solid * bare * smooth_step(in_head[2], -0.2, 0.0), solid * hair_share
 
@@ -321,7 +322,11 @@ def _normal(nearest: Callable[[Tensor, Tensor, Tensor], Tensor], point: Point) -
     total_x, total_y, total_z = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(x)
     for sign_x, sign_y, sign_z in ((1, -1, -1), (-1, -1, 1), (-1, 1, -1), (1, 1, 1)):
         distance = nearest(x + sign_x * step, y + sign_y * step, z + sign_z * step)
-        total_x, total_y, total_z = total_x + sign_x * distance, total_y + sign_y * distance, total_z + sign_z * distance
+        total_x, total_y, total_z = (
+            total_x + sign_x * distance,
+            total_y + sign_y * distance,
+            total_z + sign_z * distance,
+        )
     length = torch.sqrt(total_x**2 + total_y**2 + total_z**2 + 1e-12)
     return total_x / length, total_y / length, total_z / length
 

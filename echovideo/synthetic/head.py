@@ -75,9 +75,7 @@ def head_distance(person: Columns, scene: Columns, point: Point) -> Tensor:
     y_jaw = y - jaw_drop * below
 
     cranium = _ellipsoid(x, y + 0.28, z + 0.22, person["head_width"], 0.86, 0.90)
-    face = _ellipsoid(
-        x, y_jaw - 0.25, z + 0.03, person["face_width"], person["chin_y"] - 0.27, person["face_depth"]
-    )
+    face = _ellipsoid(x, y_jaw - 0.25, z + 0.03, person["face_width"], person["chin_y"] - 0.27, person["face_depth"])
     jaw = _ellipsoid(side - person["jaw_width"], y_jaw - person["jaw_y"], z + 0.02, 0.17, 0.22, 0.38)
     chin = _ellipsoid(
         x, y_jaw - person["chin_y"] + 0.16, z - person["chin_forward"] + 0.02, person["chin_width"], 0.15, 0.16

@@ -183,7 +183,9 @@ def paint_background(scene: Columns, colours: Palette, across: Tensor, down: Ten
     library = mix(library, colours["wood"], smooth_step(edge, 0.40, 0.43))
     sunset = mix(colours["dusk_high"], colours["dusk"], smooth_step(y, -0.5, 0.05))
     sunset = mix(sunset, colours["dusk_low"], smooth_step(y, 0.0, 0.2))
-    sunset = mix(sunset, colours["hill"], smooth_step(y + 0.04 * torch.sin(6 * x) + 0.02 * torch.sin(15 * x), 0.2, 0.215))
+    sunset = mix(
+        sunset, colours["hill"], smooth_step(y + 0.04 * torch.sin(6 * x) + 0.02 * torch.sin(15 * x), 0.2, 0.215)
+    )
     scenes = {"wall": wall, "park": park, "beach": beach, "night": night, "library": library, "sunset": sunset}
     total = torch.zeros_like(wall)
     for name, colour in scenes.items():
@@ -195,8 +197,8 @@ def glasses(person: Columns, scene: Columns, x: Tensor, y: Tensor, soft: Tensor)
     """Return the shares of frame and of lens at points of the plane of the glasses, head coordinates."""
     side = x.abs() - person["eye_x"] - 0.01
     low = y - 0.02
-    round_edge = torch.sqrt(side * side + low * low) - 0.205
-    over_x, over_y = (side.abs() - 0.13).clamp(min=0), (low.abs() - 0.075).clamp(min=0)
+    round_edge = torch.sqrt(side * side + low * low) - 0.225
+    over_x, over_y = (side.abs() - 0.15).clamp(min=0), (low.abs() - 0.095).clamp(min=0)
     square_edge = torch.sqrt(over_x * over_x + over_y * over_y) - 0.085
     edge = round_edge * scene["glasses:round"] + square_edge * scene["glasses:square"]
     worn = scene["glasses:round"] + scene["glasses:square"]
@@ -243,7 +245,9 @@ def _bearded(person: Columns, scene: Columns, hair: Tensor, colour: Tensor, x: T
     mouth = mouth_line(person, scene, (x / half).clamp(-1.2, 1.2))
     side = x.abs()
     cheek_line = person["nose_y"] + 0.12 - 0.55 * smooth_step(side, 0.30, 0.62)
-    jaw = smooth_step(y, cheek_line, cheek_line + 0.10) * smooth_step(y, person["chin_y"] + 0.30, person["chin_y"] + 0.1)
+    jaw = smooth_step(y, cheek_line, cheek_line + 0.10) * smooth_step(
+        y, person["chin_y"] + 0.30, person["chin_y"] + 0.1
+    )
     around = torch.sqrt((x / (half + 0.09)) ** 2 + ((y - mouth - 0.01) / 0.155) ** 2 + 1e-6)
     beard = jaw * smooth_step(around, 0.95, 1.15) * smooth_step(z, -0.25, 0.0)
     lip = person["mouth_y"] - 0.5 * (person["mouth_y"] - person["nose_y"])
@@ -276,8 +280,12 @@ def _lips(
     bow = 1 + 0.16 * person["cupid_bow"] * (ridge(across.abs() - 0.26, 0.16) - ridge(across, 0.12))
     top = upper_edge - person["upper_lip"] * 1.18 * arch**0.8 * bow
     bottom = lower_edge + person["lower_lip"] * 1.12 * arch**0.7
-    upper = smooth_step(from_line, top - soft, top + soft) * smooth_step(from_line, upper_edge + soft, upper_edge - soft)
-    lower = smooth_step(from_line, bottom + soft, bottom - soft) * smooth_step(from_line, lower_edge - soft, lower_edge + soft)
+    upper = smooth_step(from_line, top - soft, top + soft) * smooth_step(
+        from_line, upper_edge + soft, upper_edge - soft
+    )
+    lower = smooth_step(from_line, bottom + soft, bottom - soft) * smooth_step(
+        from_line, lower_edge - soft, lower_edge + soft
+    )
     present = smooth_step(inside, -0.02, 0.10) * front
 
     tint = torch.tensor([0.95, 0.52, 0.52], device=x.device).view(1, 1, 3, 1, 1)
@@ -333,7 +341,9 @@ def _eyes(
     # Lids first: crease, shadow, then lashes over the eyeball's edge.
     shadow = bump(side, slope - upper_edge + 0.05, 0.15, 0.05)
     colour = mix(colour, colour * 0.62, 0.5 * shadow * front)
-    tinted = mix(colour, mix(colours["hair_colour:blue"], colours["rose"], person["lip_colour"]) * 0.35, 0.45 * person["makeup"])
+    tinted = mix(
+        colour, mix(colours["hair_colour:blue"], colours["rose"], person["lip_colour"]) * 0.35, 0.45 * person["makeup"]
+    )
     colour = mix(colour, tinted, (bump(side, slope - upper_edge + 0.04, 0.12, 0.035) * front).clamp(max=1))
     crease = ridge(slope - upper_edge + 0.05 + 0.012 * across, 0.012 + 0.3 * soft)
     crease = crease * smooth_step(across.abs(), 1.1, 0.7)
@@ -389,7 +399,9 @@ def _brows(
     )
     thick = person["brow_thickness"] * smooth_step(along, 1.08, 0.45) * (0.65 + 0.35 * smooth_step(along, -0.02, 0.25))
     edge = (y - middle).abs() - thick
-    share = smooth_step(edge, soft + 0.008, -soft - 0.004) * smooth_step(along, -0.06, 0.06) * smooth_step(along, 1.05, 0.9)
+    share = (
+        smooth_step(edge, soft + 0.008, -soft - 0.004) * smooth_step(along, -0.06, 0.06) * smooth_step(along, 1.05, 0.9)
+    )
     hairs = 0.86 + 0.14 * torch.sin(95 * (x.abs() + 0.5 * y))
     brow = torch.minimum(mix(hair * 0.6, ink, 0.35), mix(colour, ink, 0.6))
     return mix(colour, brow, 0.92 * share * hairs * front)
