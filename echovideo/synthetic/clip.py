@@ -198,7 +198,7 @@ def scene_curves(conditions: Sequence[ClipCondition], frames: int, *, reference:
 
 
 def _rotation(yaw: Tensor, pitch: Tensor, roll: Tensor) -> tuple[Tensor, ...]:
-    """Return the nine entries, row by row, of the head's rotation: pitch (up), then yaw (right), then roll (clockwise)."""
+    """Return the head's rotation, nine entries row by row: pitch up, then yaw to the right, then roll clockwise."""
     cos_y, sin_y = torch.cos(torch.deg2rad(yaw)), torch.sin(torch.deg2rad(yaw))
     cos_p, sin_p = torch.cos(torch.deg2rad(pitch)), torch.sin(torch.deg2rad(pitch))
     cos_r, sin_r = torch.cos(torch.deg2rad(roll)), torch.sin(torch.deg2rad(roll))

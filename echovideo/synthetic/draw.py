@@ -43,10 +43,10 @@ class Drawing:
     frame's upper left corner, where a pixel's centre is at .5: eyes, nose tip, mouth corners, the picture's left first.
     """
 
-    frames_BFCHW: Tensor
-    face_BFHW: Tensor
-    hair_BFHW: Tensor
-    landmarks_BF52: Tensor
+    frames_BFCHW: Tensor  # noqa: N815
+    face_BFHW: Tensor  # noqa: N815
+    hair_BFHW: Tensor  # noqa: N815
+    landmarks_BF52: Tensor  # noqa: N815
 
 
 def draw(
@@ -316,7 +316,7 @@ def _with_glasses(
 
 
 def _normal(nearest: Callable[[Tensor, Tensor, Tensor], Tensor], point: Point) -> Point:
-    """Return the unit normal from four distances in the corners of a tetrahedron (iquilezles.org/articles/normalsSDF)."""
+    """Return the unit normal from four distances in a tetrahedron's corners (iquilezles.org/articles/normalsSDF)."""
     x, y, z = point
     step = _NORMAL_STEP
     total_x, total_y, total_z = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(x)

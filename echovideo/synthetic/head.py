@@ -24,7 +24,7 @@ def smooth_step(value: Tensor, low: float | Tensor, high: float | Tensor) -> Ten
 
 
 def bell(square: Tensor) -> Tensor:
-    """Return about exp(-square / 2), exactly 0 from 8 on; a polynomial, because it is wanted hundreds of times a pixel."""
+    """Return about exp(-square / 2), exactly 0 from 8 on: a polynomial, as it is wanted hundreds of times a pixel."""
     rest = (1 - 0.125 * square).clamp(min=0)
     rest = rest * rest
     return rest * rest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import torch
@@ -211,7 +212,7 @@ def _between(stops: list[Tensor], position: Tensor) -> Tensor:
     """Return the colour at `position`, 0 to 1, along evenly spaced stops."""
     scaled = position * (len(stops) - 1)
     colour = stops[0] + 0 * scaled
-    for number, (low, high) in enumerate(zip(stops[:-1], stops[1:], strict=True)):
+    for number, (low, high) in enumerate(itertools.pairwise(stops)):
         colour = colour + (high - low) * (scaled - number).clamp(0, 1)
     return colour
 

@@ -23,7 +23,7 @@ SPLITS: Mapping[str, range] = MappingProxyType(
 )
 """Seeds of the people that may be used for each purpose. No person is in two of them."""
 
-# Name: mean, half range, loading on sturdiness (narrow and soft to broad and heavy). Lengths in 10 cm on a head 2.3 high.
+# Name: mean, half range, loading on sturdiness (narrow and soft to broad and heavy). Lengths in 10 cm.
 _SHAPE: Mapping[str, tuple[float, float, float]] = {
     "head_width": (0.75, 0.05, 0.2),
     "face_width": (0.600, 0.072, 0.3),
