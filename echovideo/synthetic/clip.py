@@ -148,7 +148,7 @@ def scene_curves(conditions: Sequence[ClipCondition], frames: int, *, reference:
     sway = 1.2 * torch.sin(cycle + phase)
 
     talk = has("motion", "talk") * (0.5 + 0.5 * torch.sin(3.2 * cycle + phase)) * amount
-    smile = 0.8 * has("expression", "smile") + 0.9 * has("expression", "laugh")
+    smile = 0.75 * has("expression", "smile") + 0.85 * has("expression", "laugh")
     surprise = has("expression", "surprise")
     # One blink in about half of the clips, three frames of seventeen long.
     blink = (1 - ((time - 0.5 - 0.45 * nuisance["gaze_y"]) / 0.085).abs()).clamp(min=0) * (nuisance["phase"] > 0)
@@ -176,7 +176,7 @@ def scene_curves(conditions: Sequence[ClipCondition], frames: int, *, reference:
         "zoom": (0.29 + 0.012 * nuisance["zoom"]) * (1 + has("motion", "approach") * (0.24 * eased - 0.08)),
         "smile": smile * (0.9 + 0.1 * torch.sin(cycle + phase)) * amount,
         "frown": 0.7 * has("expression", "frown") * amount,
-        "mouth_open": (0.26 * has("expression", "laugh") + 0.28 * surprise) * amount + 0.26 * talk,
+        "mouth_open": (0.26 * has("expression", "laugh") + 0.25 * surprise) * amount + 0.26 * talk,
         "mouth_round": surprise,
         "brow_raise": 0.75 * surprise * amount + 0.1 * smile - 0.5 * has("expression", "frown") * amount,
         "blink": blink,

@@ -56,7 +56,7 @@ def mouth_line(person: Columns, scene: Columns, across: Tensor) -> Tensor:
 
 def mouth_half_width(person: Columns, scene: Columns) -> Tensor:
     """Return half the distance between the mouth's corners."""
-    wide: Tensor = person["mouth_width"] * (1 + 0.14 * scene["smile"] - 0.22 * scene["mouth_round"])
+    wide: Tensor = person["mouth_width"] * (1 + 0.14 * scene["smile"] - 0.18 * scene["mouth_round"])
     return wide
 
 

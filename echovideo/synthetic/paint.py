@@ -301,10 +301,10 @@ def _lips(
         from_line, lower_edge + soft, lower_edge - soft
     )
     open_share = open_share * present * smooth_step(scene["mouth_open"], 0.02, 0.15)
-    teeth = smooth_step(from_line, upper_edge + 0.075 + soft, upper_edge + 0.075 - soft) * (
+    teeth = smooth_step(from_line, upper_edge + 0.06 + soft, upper_edge + 0.06 - soft) * (
         0.35 + 0.65 * scene["smile"].clamp(max=1)
     )
-    cavity = mix(colours["mouth"] + 0 * x, colours["teeth"] * 0.85, teeth * smooth_step(inside, 0.0, 0.25))
+    cavity = mix(colours["mouth"] + 0 * x, colours["teeth"] * (0.78 - 0.28 * person["melanin"]), teeth * smooth_step(inside, 0.0, 0.25))
     colour = mix(colour, cavity, open_share)
     seam = ridge(from_line, 0.011 + 0.35 * soft) * (1 - smooth_step(scene["mouth_open"], 0.05, 0.3))
     corner = bump(across.abs() - 1.0, from_line, 0.10, 0.022)

@@ -130,7 +130,7 @@ def identity_parameters(seeds: Tensor) -> Tensor:
     values["hair_tone"] = 1 - (0.04 + 0.96 * lightness) * own["hair_tone"]
     values["hair_red"] = own["hair_red"] ** 2 * (0.15 + 0.85 * lightness)
     values["hair_grey"] = (own["hair_grey"] * 5 - 4).clamp(min=0)
-    values["curl"] = (own["curl"] * 0.75 + 0.65 * melanin - 0.2).clamp(0, 1)
+    values["curl"] = (own["curl"] * 1.15 - 0.27 + 0.3 * melanin).clamp(0, 1)
     bearded = ((sturdy - 0.05) * 2.5).clamp(0, 1)
     values["beard"] = bearded * (own["beard"] * 1.8 - 0.8).clamp(min=0)
     values["moustache"] = torch.maximum(values["beard"], bearded * (own["moustache"] * 2.5 - 1.5).clamp(min=0))
