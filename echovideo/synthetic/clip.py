@@ -134,7 +134,7 @@ def scene_curves(conditions: Sequence[ClipCondition], frames: int, *, reference:
 
     eased = time * time * (3 - 2 * time)
     cycle = 2 * math.pi * time
-    amount = 1 + 0.2 * nuisance["amount"]
+    amount = 1 + 0.12 * nuisance["amount"]
     phase = nuisance["phase"] * math.pi
 
     turn = (has("motion", "turn_right") - has("motion", "turn_left")) * amount
@@ -144,11 +144,11 @@ def scene_curves(conditions: Sequence[ClipCondition], frames: int, *, reference:
     yaw = MAX_YAW_DEGREES * torch.tanh(yaw / MAX_YAW_DEGREES) * 1.12
     nod = has("motion", "nod") * amount * torch.sin(2 * cycle)
     lift = has("pose", "up") - has("pose", "down")
-    pitch = lift * (9 + 2 * nuisance["pitch"]) + (1 - lift.abs()) * 2.5 * nuisance["pitch"] + 6.5 * nod
+    pitch = lift * (7.5 + 1.5 * nuisance["pitch"]) + (1 - lift.abs()) * 2.5 * nuisance["pitch"] + 6.5 * nod
     sway = 1.2 * torch.sin(cycle + phase)
 
     talk = has("motion", "talk") * (0.5 + 0.5 * torch.sin(3.2 * cycle + phase)) * amount
-    smile = 0.75 * has("expression", "smile") + 0.85 * has("expression", "laugh")
+    smile = 0.68 * has("expression", "smile") + 0.78 * has("expression", "laugh")
     surprise = has("expression", "surprise")
     # One blink in about half of the clips, three frames of seventeen long.
     blink = (1 - ((time - 0.5 - 0.45 * nuisance["gaze_y"]) / 0.085).abs()).clamp(min=0) * (nuisance["phase"] > 0)
@@ -175,10 +175,10 @@ def scene_curves(conditions: Sequence[ClipCondition], frames: int, *, reference:
         "shift_y": 0.06 * nuisance["shift_y"],
         "zoom": (0.29 + 0.012 * nuisance["zoom"]) * (1 + has("motion", "approach") * (0.24 * eased - 0.08)),
         "smile": smile * (0.9 + 0.1 * torch.sin(cycle + phase)) * amount,
-        "frown": 0.7 * has("expression", "frown") * amount,
+        "frown": 0.62 * has("expression", "frown") * amount,
         "mouth_open": (0.26 * has("expression", "laugh") + 0.25 * surprise) * amount + 0.26 * talk,
         "mouth_round": surprise,
-        "brow_raise": 0.75 * surprise * amount + 0.1 * smile - 0.5 * has("expression", "frown") * amount,
+        "brow_raise": 0.65 * surprise * amount + 0.1 * smile - 0.5 * has("expression", "frown") * amount,
         "blink": blink,
         "gaze_x": 0.25 * nuisance["gaze_x"] - 0.016 * yaw,
         "gaze_y": 0.2 * nuisance["gaze_y"] + 0.012 * pitch,

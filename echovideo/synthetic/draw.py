@@ -125,7 +125,10 @@ def draw_tensors(identity_BP: Tensor, scene_BFS: Tensor, height: int, width: int
 def _stages(compiled: bool) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]], Callable[..., Tensor]]:
     if not compiled:
         return _surface_distance, _shade, _skull_distance
-    return torch.compile(_surface_distance), torch.compile(_shade), torch.compile(_skull_distance)
+    surface, shade, skull = (
+        torch.compile(stage, dynamic=False) for stage in (_surface_distance, _shade, _skull_distance)
+    )
+    return surface, shade, skull
 
 
 def _person(identity_BP: Tensor) -> Columns:
@@ -269,7 +272,7 @@ def _light(
 
     tint = paint.light_colour(scene, colours)
     # As a photographer would, dark skin gets more light, and softer, so that its features stay as readable.
-    exposure = 1 + (0.80 * person["melanin"] ** 2 - 0.14) * flesh
+    exposure = 1 + (1.05 * person["melanin"] ** 2 - 0.14) * flesh
     sky = 0.34 + 0.10 * -normal[1] + 0.06 * normal[2] + 0.20 * person["melanin"] * flesh
     fill = 0.16 * (-0.8 * normal[0] * torch.sign(scene["light_x"]) + 0.5 * normal[2]).clamp(min=0)
     ambient = (sky * mix(torch.ones_like(tint), tint, 0.4) + fill) * scene["ambient"] * occlusion

@@ -151,7 +151,8 @@ def paint_clothes(scene: Columns, colours: Palette, skin: Tensor, point: Point) 
     cloth = torch.zeros_like(skin)
     for name in ("red", "blue", "green", "yellow", "white", "black"):
         cloth = cloth + colours[f"garment_colour:{name}"] * scene[f"garment_colour:{name}"]
-    other = mix(colours["garment_colour:white"], colours["garment_colour:blue"], scene["garment_colour:white"])
+    # Stripes of the same colour, so that its name stays true.
+    other = cloth * 0.35 + 0.12 * scene["garment_colour:black"]
     stripes = smooth_step(torch.sin(2 * torch.pi * y / 0.19), -0.25, 0.25) * scene["garment:striped"]
     cloth = mix(cloth, other, stripes)
     ribs = 1 + 0.10 * scene["garment:roll_neck"] * torch.sin(2 * torch.pi * y / 0.07)
