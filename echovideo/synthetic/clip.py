@@ -148,7 +148,7 @@ def scene_curves(conditions: Sequence[ClipCondition], frames: int, *, reference:
     sway = 1.2 * torch.sin(cycle + phase)
 
     talk = has("motion", "talk") * (0.5 + 0.5 * torch.sin(3.2 * cycle + phase)) * amount
-    smile = 0.68 * has("expression", "smile") + 0.78 * has("expression", "laugh")
+    smile = 0.62 * has("expression", "smile") + 0.7 * has("expression", "laugh")
     surprise = has("expression", "surprise")
     # One blink in about half of the clips, three frames of seventeen long.
     blink = (1 - ((time - 0.5 - 0.45 * nuisance["gaze_y"]) / 0.085).abs()).clamp(min=0) * (nuisance["phase"] > 0)
@@ -176,8 +176,8 @@ def scene_curves(conditions: Sequence[ClipCondition], frames: int, *, reference:
         "zoom": (0.29 + 0.012 * nuisance["zoom"]) * (1 + has("motion", "approach") * (0.24 * eased - 0.08)),
         "smile": smile * (0.9 + 0.1 * torch.sin(cycle + phase)) * amount,
         "frown": 0.62 * has("expression", "frown") * amount,
-        "mouth_open": (0.26 * has("expression", "laugh") + 0.25 * surprise) * amount + 0.26 * talk,
-        "mouth_round": surprise,
+        "mouth_open": (0.24 * has("expression", "laugh") + 0.22 * surprise) * amount + 0.26 * talk,
+        "mouth_round": 0.85 * surprise,
         "brow_raise": 0.65 * surprise * amount + 0.1 * smile - 0.5 * has("expression", "frown") * amount,
         "blink": blink,
         "gaze_x": 0.25 * nuisance["gaze_x"] - 0.016 * yaw,

@@ -272,11 +272,11 @@ def _light(
 
     tint = paint.light_colour(scene, colours)
     # As a photographer would, dark skin gets more light, and softer, so that its features stay as readable.
-    exposure = 1 + (1.05 * person["melanin"] ** 2 - 0.14) * flesh
-    sky = 0.34 + 0.10 * -normal[1] + 0.06 * normal[2] + 0.20 * person["melanin"] * flesh
+    exposure = 1 + (1.4 * person["melanin"] ** 2 - 0.14) * flesh
+    sky = 0.34 + 0.10 * -normal[1] + 0.06 * normal[2] + 0.34 * person["melanin"] * flesh
     fill = 0.16 * (-0.8 * normal[0] * torch.sign(scene["light_x"]) + 0.5 * normal[2]).clamp(min=0)
     ambient = (sky * mix(torch.ones_like(tint), tint, 0.4) + fill) * scene["ambient"] * occlusion
-    shading = ((0.88 - 0.18 * person["melanin"] * flesh) * scene["key"] * diffuse * shadow * tint + ambient) * exposure
+    shading = ((0.88 - 0.34 * person["melanin"] * flesh) * scene["key"] * diffuse * shadow * tint + ambient) * exposure
     # Eyes are wet and lie in shade: they take less of the shading than skin.
     shading = mix(shading, 0.35 * shading + 0.50 * tint, eyes)
 
@@ -291,7 +291,7 @@ def _light(
     hair_shine = 0.14 * band * hair * (1 - 0.6 * person["curl"]) * (0.6 + 0.4 * facing)
     edge = 1 - normal[2].clamp(0, 1)
     rim = 0.10 * edge * edge * edge * (0.5 - 0.5 * normal[1])
-    lit = colour * shading + (skin_shine * (1 + 0.3 * person["melanin"]) + hair_shine) * tint
+    lit = colour * shading + (skin_shine + hair_shine) * tint
     return lit + rim * (0.3 + colour) * tint * occlusion
 
 
@@ -315,7 +315,7 @@ def _with_glasses(
     frame = mix(colours["frame"], colours["gold"], (scene["frame_colour"] > 0.3).float())
     glare = 0.10 * smooth_step(x.abs() * 0.8 + y, 0.30, 0.42)
     picture = mix(picture, colours["light_colour:white"] * 0.8, lens * glare * visible)
-    return mix(picture, frame, 0.85 * rim)
+    return mix(picture, frame, 0.75 * rim)
 
 
 def _normal(nearest: Callable[[Tensor, Tensor, Tensor], Tensor], point: Point) -> Point:

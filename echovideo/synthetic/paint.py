@@ -141,7 +141,7 @@ def paint_face(
 
     colour, eyes = _eyes(person, scene, colours, ink, colour, x, y, soft, front)
     colour = _brows(person, scene, hair, ink, colour, x, y, soft, front)
-    gloss = 0.55 + 0.30 * melanin + 0.8 * lips + 0.25 * bump(x, y - person["nose_y"] + 0.12, 0.08, 0.12)
+    gloss = 0.55 - 0.20 * melanin + 0.8 * lips + 0.25 * bump(x, y - person["nose_y"] + 0.12, 0.08, 0.12)
     return colour, gloss, eyes
 
 
@@ -292,7 +292,7 @@ def _lips(
 
     tint = torch.tensor([0.95, 0.52, 0.52], device=x.device).view(1, 1, 3, 1, 1)
     deep = torch.tensor([0.86, 0.62, 0.62], device=x.device).view(1, 1, 3, 1, 1)
-    lip = mix(skin * tint, skin * deep, person["melanin"]) * (1.1 - 0.28 * person["lip_colour"])
+    lip = mix(skin * tint, skin * deep, person["melanin"]) * (1.2 - 0.5 * person["lip_colour"])
     lip = mix(lip, colours["rose"], 0.75 * person["makeup"])
     colour = mix(colour, lip * 0.80, upper * present)
     # The lower lip of dark skin is pinker than the upper one.
@@ -361,7 +361,7 @@ def _eyes(
     iris = iris * (0.75 + 0.45 * smooth_step(iris_y, -0.05, 0.06))
     iris = mix(iris, iris * 0.25, smooth_step(distance, 0.80 * radius, radius))
     iris = mix(iris, colours["shadow"] * 0.2, smooth_step(distance, 0.032 + soft, 0.032 - soft))
-    sclera = colours["sclera"] * (0.92 - 0.16 * person["melanin"]) * (1 - 0.28 * across.abs() ** 2)
+    sclera = colours["sclera"] * (0.92 - 0.12 * person["melanin"]) * (1 - 0.28 * across.abs() ** 2)
     ball = mix(sclera, iris, smooth_step(distance, radius + soft, radius - soft))
     ball = ball * (0.50 + 0.50 * smooth_step(slope - upper_edge, 0.0, 0.055))
     glint_x, glint_y = iris_x * sign - 0.022 * torch.sign(scene["light_x"] + 1e-3), iris_y + 0.026
