@@ -272,7 +272,7 @@ def _light(
 
     tint = paint.light_colour(scene, colours)
     # As a photographer would, dark skin gets more light, and softer, so that its features stay as readable.
-    exposure = 1 + (1.4 * person["melanin"] ** 2 - 0.14) * flesh
+    exposure = 1 + (1.6 * person["melanin"] ** 2 - 0.14) * flesh
     sky = 0.34 + 0.10 * -normal[1] + 0.06 * normal[2] + 0.34 * person["melanin"] * flesh
     fill = 0.16 * (-0.8 * normal[0] * torch.sign(scene["light_x"]) + 0.5 * normal[2]).clamp(min=0)
     ambient = (sky * mix(torch.ones_like(tint), tint, 0.4) + fill) * scene["ambient"] * occlusion

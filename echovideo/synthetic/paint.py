@@ -25,7 +25,7 @@ Palette = Mapping[str, Tensor]
 
 # sRGB, as artists write them.
 _COLOURS: Mapping[str, str] = {
-    **{f"skin{i}": code for i, code in enumerate(("f5d7c4", "e9bf9f", "cb9a74", "a6714d", "784b31", "4e2e20"))},
+    **{f"skin{i}": code for i, code in enumerate(("f5d7c4", "e9bf9f", "cb9a74", "a6714d", "7d4f35", "573425"))},
     **{f"hair{i}": code for i, code in enumerate(("e6c68c", "b98a50", "7a4d2b", "42281a", "17110f"))},
     **{"copper": "a8431f", "grey": "bdbab6"},
     **{"iris_dark": "2a150c", "iris_amber": "7d5a28", "iris_green": "6f9258", "iris_blue": "5a93c4"},
@@ -138,6 +138,14 @@ def paint_face(
     colour = mix(colour, ink, (0.85 * nostril * smooth_step(z, 0.5, 0.62)).clamp(max=0.9))
     crease = bump(side - person["nose_width"] - 0.035, y - person["nose_y"] + 0.01, 0.016, 0.05)
     colour = mix(colour, ink, 0.35 * crease * front)
+
+    # A painter's contour of the nose, which shading alone loses on dark skin and in flat light.
+    down_nose = smooth_step(y, -0.10, person["nose_y"])
+    wide = person["nose_bridge"] + 0.02 + (person["nose_tip"] - person["nose_bridge"]) * down_nose
+    flank = ridge((x - person["skew"] * down_nose).abs() - wide, 0.028)
+    flank = flank * smooth_step(y, -0.16, 0.0) * smooth_step(y, person["nose_y"] + 0.02, person["nose_y"] - 0.10)
+    under = bump(x, y - person["nose_y"] - 0.055, 0.75 * person["nose_width"], 0.028)
+    colour = mix(colour, ink, ((0.10 + 0.20 * melanin) * (flank + 1.6 * under) * front).clamp(max=0.6))
 
     colour, eyes = _eyes(person, scene, colours, ink, colour, x, y, soft, front)
     colour = _brows(person, scene, hair, ink, colour, x, y, soft, front)
