@@ -28,6 +28,8 @@ POINT_TOLERANCE = 0.25
 CLIPS, FRAMES = 2, 3
 _CHUNK = 8
 _TONES = ("light", "medium", "dark")
+# The first people of the split were looked at while the drawing was tuned to these very bars.
+_UNSEEN = SPLITS["test"][10_000:]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -126,8 +128,7 @@ def contact_sheet(shown: Sequence[Person], side: int = 96, columns: int = 8) -> 
 def measure(count: int) -> list[Row]:
     """Return the result rows for `count` test people."""
     detector, recogniser = MtcnnDetector(), load_recogniser()
-    split = SPLITS["test"]
-    sightings = look_at(people(split[:count]), detector, recogniser)
+    sightings = look_at(people(_UNSEEN[:count]), detector, recogniser)
     others = look_at(people(SPLITS["validation"][: count // 2]), detector, recogniser, clips=1)
     mean = others.embeddings[others.found].mean(axis=0)
 
@@ -158,7 +159,7 @@ def main() -> None:
     count: int = parser.parse_args().people
     rows = measure(count)
     write_results("check", f"{torch.get_num_threads()} CPU threads", rows, None)
-    contact_sheet(people(SPLITS["test"][:8])).save(RESULTS / "people.png")
+    contact_sheet(people(_UNSEEN[:8])).save(RESULTS / "people.png")
     if not all(row.passed for row in rows):
         raise SystemExit(1)
 

@@ -125,9 +125,9 @@ def draw_tensors(identity_BP: Tensor, scene_BFS: Tensor, height: int, width: int
 def _stages(compiled: bool) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]], Callable[..., Tensor]]:
     if not compiled:
         return _surface_distance, _shade, _skull_distance
-    surface, shade, skull = (
-        torch.compile(stage, dynamic=False) for stage in (_surface_distance, _shade, _skull_distance)
-    )
+    surface: Callable[..., Tensor] = torch.compile(_surface_distance, dynamic=False)
+    shade: Callable[..., tuple[Tensor, ...]] = torch.compile(_shade, dynamic=False)
+    skull: Callable[..., Tensor] = torch.compile(_skull_distance, dynamic=False)
     return surface, shade, skull
 
 

@@ -145,7 +145,7 @@ def paint_face(
     flank = ridge((x - person["skew"] * down_nose).abs() - wide, 0.028)
     flank = flank * smooth_step(y, -0.16, 0.0) * smooth_step(y, person["nose_y"] + 0.02, person["nose_y"] - 0.10)
     under = bump(x, y - person["nose_y"] - 0.055, 0.75 * person["nose_width"], 0.028)
-    colour = mix(colour, ink, ((0.10 + 0.20 * melanin) * (flank + 1.6 * under) * front).clamp(max=0.6))
+    colour = mix(colour, ink, ((0.10 + 0.28 * melanin) * (flank + 1.6 * under) * front).clamp(max=0.6))
 
     colour, eyes = _eyes(person, scene, colours, ink, colour, x, y, soft, front)
     colour = _brows(person, scene, hair, ink, colour, x, y, soft, front)
@@ -313,7 +313,11 @@ def _lips(
     teeth = smooth_step(from_line, upper_edge + 0.06 + soft, upper_edge + 0.06 - soft) * (
         0.35 + 0.65 * scene["smile"].clamp(max=1)
     )
-    cavity = mix(colours["mouth"] + 0 * x, colours["teeth"] * (0.78 - 0.28 * person["melanin"]), teeth * smooth_step(inside, 0.0, 0.25))
+    cavity = mix(
+        colours["mouth"] + 0 * x,
+        colours["teeth"] * (0.78 - 0.28 * person["melanin"]),
+        teeth * smooth_step(inside, 0.0, 0.25),
+    )
     colour = mix(colour, cavity, open_share)
     seam = ridge(from_line, 0.011 + 0.35 * soft) * (1 - smooth_step(scene["mouth_open"], 0.05, 0.3))
     corner = bump(across.abs() - 1.0, from_line, 0.10, 0.022)

@@ -110,13 +110,15 @@ def test_darker_skin_is_darker_in_the_picture_all_the_way() -> None:
 
 
 def test_features_keep_their_contrast_on_the_darkest_skin() -> None:
-    person = people([41])[0]
-    drawing = draw_references([with_column(person, "melanin", tone) for tone in (0.05, 0.95)])
+    shown = people(range(40, 48))
     contrast = []
-    for frame, mask in zip(drawing.frames_BFCHW[:, 0], drawing.face_BFHW[:, 0], strict=True):
-        luma = frame.mean(0)[mask > 0.99]
-        contrast.append(float(luma.std() / luma.mean()))
-    assert contrast[1] > contrast[0]
+    for tone in (0.05, 0.95):
+        drawing = draw_references([with_column(person, "melanin", tone) for person in shown])
+        for frame, mask in zip(drawing.frames_BFCHW[:, 0], drawing.face_BFHW[:, 0], strict=True):
+            luma = frame.mean(0)[mask > 0.99]
+            contrast.append(float(luma.std() / luma.mean()))
+    light, dark = sum(contrast[:8]) / 8, sum(contrast[8:]) / 8
+    assert dark > 0.95 * light
 
 
 @pytest.mark.gpu
