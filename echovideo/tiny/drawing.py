@@ -50,7 +50,8 @@ def noisy_points(drawing: Drawing, generator: torch.Generator) -> Tensor:
     points = drawing.landmarks_BF52.flatten(0, 1)
     eyes = (points[:, 0] - points[:, 1]).norm(dim=1)[:, None, None]
     noise = torch.randn(points.shape, generator=generator, device=points.device)
-    return points + _POINT_NOISE * eyes * noise
+    moved: Tensor = points + _POINT_NOISE * eyes * noise
+    return moved
 
 
 def reference_faces(photos: Drawing, points_N52: Tensor) -> ReferenceFaces:
@@ -61,9 +62,9 @@ def reference_faces(photos: Drawing, points_N52: Tensor) -> ReferenceFaces:
     )
 
 
-def draw_people(identity_BP: Tensor, scene_BFS: Tensor, side: int) -> Drawing:
+def draw_people(identity_BP: Tensor, scene_BFS: Tensor, side: int, *, compiled: bool = False) -> Drawing:
     """Return the drawing of an identity tensor and a scene tensor of one device, `side` pixels square."""
-    return draw_tensors(identity_BP, scene_BFS, side, side, compiled=identity_BP.is_cuda)
+    return draw_tensors(identity_BP, scene_BFS, side, side, compiled=compiled)
 
 
 def _draw(people: Sequence[int], scene_BFS: Tensor, side: int, device: torch.device) -> Drawing:
