@@ -35,7 +35,7 @@ from echovideo.evaluation.networks import (
     save_judges,
     traits,
 )
-from echovideo.evaluation.statistics import determination, ranking_share
+from echovideo.evaluation.statistics import Numbers, determination, once, ranking_share
 from echovideo.synthetic.clip import ATTRIBUTES, ClipCondition, sample_conditions, scene_curves
 from echovideo.synthetic.draw import SIDE, draw_tensors
 from echovideo.synthetic.person import SPLITS, identity_parameters
@@ -310,8 +310,8 @@ def measure(judges: Judges, seeds: range, side: int, device: str) -> list[Row]:
             )
             for key, share in zip(ATTRIBUTES, right, strict=True)
         ]
-        nuisance_r2 = determination(reading.nuisances.double().numpy(), nuisances(scene).double().numpy())
-        trait_r2 = determination(reading.traits.double().numpy(), traits(identity).double().numpy())
+        nuisance_r2 = _r2(reading.nuisances, nuisances(scene))
+        trait_r2 = _r2(reading.traits, traits(identity))
         rows += [
             Row(name=f"{name}: {key}", metric="nuisance", value=value, unit="R2")
             for key, value in zip(NUISANCES, nuisance_r2.tolist(), strict=True)
@@ -335,7 +335,7 @@ def mark_visible(judges: Judges, seeds: range, side: int, device: str) -> None:
     conditions = sample_conditions([_FIRST_CLIP + CLIPS_EACH * seed for seed in seeds])
     identity = identity_parameters(torch.tensor(list(seeds)))
     reading = judges.read(_clips(identity, scene_curves(conditions, FRAMES), side, device).movedim(2, -1))
-    r2 = determination(reading.traits.double().numpy(), traits(identity).double().numpy())
+    r2 = _r2(reading.traits, traits(identity))
     judges.identity.visible.copy_(torch.from_numpy(r2 >= VISIBLE_R2))
 
 
@@ -346,6 +346,11 @@ def _clips(identity_BP: Tensor, scene_BFS: Tensor, side: int, device: str) -> Te
         for identity, scene in zip(identity_BP.split(_CHUNK), scene_BFS.split(_CHUNK), strict=True)
     ]
     return torch.cat(parts)
+
+
+def _r2(estimate: Tensor, truth: Tensor) -> Numbers:
+    r2: Numbers = determination(estimate.double().numpy(), truth.double().numpy(), once(len(truth)))[0]
+    return r2
 
 
 def _as_bytes(frames: Tensor) -> Tensor:
