@@ -24,7 +24,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
@@ -196,6 +199,28 @@ class Checkpoints:
 
     def _path(self, steps: int) -> Path:
         return self.folder / f"step-{steps:08d}"
+
+
+def load_weights(model: nn.Module, path: Path) -> Progress:
+    """Fill a model's trained parameters from a checkpoint, with the averages if the run kept them.
+
+    The model is a whole one, of any dtype, with the run's adapter layers if it had any; its other parameters stay as
+    they are. Needs no torch.distributed. Raises TrainingError for a checkpoint that is damaged.
+    """
+    problem = damage(path)
+    if problem is not None:
+        raise TrainingError(f"{path} is damaged: {problem}", code="resume")
+    manifest = _manifest(path)
+    settings = StageSettings.from_dict(manifest["identity"]["settings"])
+    kind = "averages" if settings.average else "masters"
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    names = [name.removeprefix(f"{kind}.") for name in stored if name.startswith(f"{kind}.")]
+    values = {name: torch.empty(model.get_parameter(name).shape) for name in names}
+    load({kind: values}, checkpoint_id=path, no_dist=True)
+    with torch.no_grad():
+        for name, value in values.items():
+            model.get_parameter(name).copy_(value)
+    return Progress(**manifest["progress"])
 
 
 def damage(path: Path) -> str | None:

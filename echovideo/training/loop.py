@@ -12,6 +12,7 @@ import torch
 
 from echovideo.errors import DatasetError, TrainingError
 from echovideo.model.transformer import EchoVideoTransformer3DModel
+from echovideo.training.adapters import add_adapter
 from echovideo.training.batch import ExampleSource, NullCondition, TrainingBatch
 from echovideo.training.checkpoint import Checkpoints, Progress
 from echovideo.training.groups import freeze_all_but
@@ -59,7 +60,8 @@ Validate = Callable[[EchoVideoTransformer3DModel, int], Mapping[str, float]]
 class Trainer:
     """A model with its objective and optimizer, taken one step at a time; it never waits for the device.
 
-    The model lies on the device, in bfloat16 or float32. Only the parameters of the settings' groups are trained.
+    The model lies on the device, in bfloat16 or float32. Only the parameters of the settings' groups are trained, and
+    the layers of its adapter, which are added to the model.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class Trainer:
         self._schedule = schedule
         self._null = null
         freeze_all_but(model, settings.groups)
+        if settings.adapter:
+            add_adapter(model, settings.adapter, settings.seed)
         prepare(model, settings, compiled=compiled)
         self.optimizer = MasterAdamW(model.named_parameters(), settings)
         self.steps = 0

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from echovideo.errors import TrainingError
 from echovideo.model.transformer import EchoVideoTransformer3DModel
+from echovideo.training.adapters import add_adapter
 from echovideo.training.settings import StageSettings
 
 
@@ -52,6 +53,8 @@ def gathered(model: EchoVideoTransformer3DModel, settings: StageSettings) -> Ech
     if rank == 0:
         with torch.device("meta"):
             whole = EchoVideoTransformer3DModel(model.config)
+        if settings.adapter:
+            add_adapter(whole, settings.adapter, settings.seed)
     for name, tensor in model.state_dict().items():
         value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if whole is not None:
