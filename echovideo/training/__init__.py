@@ -1,0 +1,1 @@
+"""Training: the shards it reads, and the loop that learns from them; plain torch."""
