@@ -76,7 +76,7 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Clips:
+class DrawnClips:
     """Drawn clips of N people, CLIPS_EACH each: uint8 frames (N, 2, SEEN_FRAMES, 3, H, W) and what is true of them."""
 
     frames: Tensor
@@ -84,19 +84,19 @@ class _Clips:
     nuisances: Tensor
     identity: Tensor
 
-    def write(self, at: Tensor, fresh: _Clips) -> None:
+    def write(self, at: Tensor, fresh: DrawnClips) -> None:
         for kept, new in zip(self._tensors(), fresh._tensors(), strict=True):
             kept[at] = new
 
-    def take(self, at: Tensor) -> _Clips:
+    def take(self, at: Tensor) -> DrawnClips:
         frames, attributes, nuisance, identity = (tensor[at] for tensor in self._tensors())
-        return _Clips(frames=frames, attributes=attributes, nuisances=nuisance, identity=identity)
+        return DrawnClips(frames=frames, attributes=attributes, nuisances=nuisance, identity=identity)
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.frames, self.attributes, self.nuisances, self.identity
 
 
-def draw_clips(seeds: range, side: int, device: str, *, compiled: bool) -> _Clips:
+def draw_clips(seeds: range, side: int, device: str, *, compiled: bool) -> DrawnClips:
     """Return drawn clips of the people that the seeds name."""
     conditions = sample_conditions(
         [_FIRST_CLIP + CLIPS_EACH * seed + clip for seed in seeds for clip in range(CLIPS_EACH)]
@@ -106,7 +106,7 @@ def draw_clips(seeds: range, side: int, device: str, *, compiled: bool) -> _Clip
     seen = scene[:, ::FRAME_STEP].to(device)
     drawn = draw_tensors(identity.repeat_interleave(CLIPS_EACH, dim=0), seen, side, side, compiled=compiled)
     shape = len(seeds), CLIPS_EACH
-    return _Clips(
+    return DrawnClips(
         frames=_as_bytes(drawn.frames_BFCHW).unflatten(0, shape),
         attributes=attribute_indices(conditions).to(device).unflatten(0, shape),
         nuisances=nuisances(scene).to(device).unflatten(0, shape),
@@ -199,14 +199,14 @@ def train_judges(budget: Budget, device: str) -> tuple[Judges, int]:
 
     split, drawn = SPLITS["judge"], 0
 
-    def next_clips() -> _Clips:
+    def next_clips() -> DrawnClips:
         nonlocal drawn
         seeds = split[drawn % len(split) :][: budget.people_drawn]
         drawn += budget.people_drawn
         return draw_clips(seeds, budget.side, device, compiled=compiled)
 
     first = next_clips()
-    kept = _Clips(
+    kept = DrawnClips(
         frames=first.frames.new_zeros(budget.people_kept, *first.frames.shape[1:]),
         attributes=first.attributes.new_zeros(budget.people_kept, *first.attributes.shape[1:]),
         nuisances=first.nuisances.new_zeros(budget.people_kept, *first.nuisances.shape[1:]),

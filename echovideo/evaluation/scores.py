@@ -52,38 +52,52 @@ _LEAST_ANGLE = 1e-6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """What a score means, which way is better, and whether a share of its ceiling says anything."""
+    """What a score means, which way is better, its unit, and whether a share of its ceiling says anything."""
 
     meaning: str
     better: Literal["high", "low", "near one"]
+    unit: str = "share"
     share: bool = False
 
 
 SCORES: Mapping[str, Score] = {
     "rank_1": Score(meaning="the person is the nearest of the gallery", better="high", share=True),
-    "identity_r2": Score(meaning="R2 of the identity parameters that the judge sees, mean", better="high", share=True),
+    "identity_r2": Score(
+        meaning="R2 of the identity parameters that the judge sees, mean", unit="R2", better="high", share=True
+    ),
     "attributes": Score(meaning="what the prompt asks for is seen, mean over attributes", better="high", share=True),
     "copy_paste_index": Score(
-        meaning="how far yaw, pitch, light and expression follow the reference photo", better="low"
+        meaning="how far yaw, pitch, light and expression follow the reference photo", unit="slope", better="low"
     ),
     "text_follow_index": Score(
-        meaning="how far yaw, pitch, light and expression follow the prompt", better="near one", share=True
+        meaning="how far yaw, pitch, light and expression follow the prompt",
+        unit="slope",
+        better="near one",
+        share=True,
     ),
-    "m_cp": Score(meaning="nearer to the reference photo than to the truth, by angle", better="low"),
+    "m_cp": Score(
+        meaning="nearer to the reference photo than to the truth, by angle", unit="share of the angle", better="low"
+    ),
     "text_wins": Score(
         meaning="the prompt's value is seen where it contradicts the reference", better="high", share=True
     ),
     "reference_wins": Score(meaning="the reference's value is seen where the prompt contradicts it", better="low"),
-    "detail": Score(meaning="freckles and moles as they are: mean of the next two", better="high", share=True),
-    "freckles": Score(meaning="correlation with the true amount of freckles", better="high", share=True),
-    "moles": Score(meaning="correlation with the true map of moles", better="high", share=True),
-    "skin_tone_slope": Score(meaning="slope of the skin tone on the true one", better="near one", share=True),
+    "detail": Score(
+        meaning="freckles and moles as they are: mean of the next two", unit="correlation", better="high", share=True
+    ),
+    "freckles": Score(
+        meaning="correlation with the true amount of freckles", unit="correlation", better="high", share=True
+    ),
+    "moles": Score(meaning="correlation with the true map of moles", unit="correlation", better="high", share=True),
+    "skin_tone_slope": Score(
+        meaning="slope of the skin tone on the true one", unit="slope", better="near one", share=True
+    ),
     **{
-        f"skin_tone_error_{tone}": Score(meaning=f"mean error of the skin tone, {tone} skin (0 to 1)", better="low")
+        f"skin_tone_error_{tone}": Score(meaning=f"mean error of the skin tone, {tone} skin", unit="of 1", better="low")
         for tone in _TONES
     },
-    "ssim_to_reference": Score(meaning="SSIM of the first frame to the reference photo", better="low"),
-    "flicker": Score(meaning="mean change from frame to frame, of 255", better="low"),
+    "ssim_to_reference": Score(meaning="SSIM of the first frame to the reference photo", unit="SSIM", better="low"),
+    "flicker": Score(meaning="mean change from frame to frame, of 255", unit="of 255", better="low"),
     "accepted": Score(meaning="accepted by the face recogniser at 1 % false accepts", better="high", share=True),
     **{f"right: {name}": Score(meaning=f"the asked {name} is seen", better="high", share=True) for name in ATTRIBUTES},
     **{
