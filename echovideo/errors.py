@@ -64,7 +64,11 @@ class RenderCancelledError(RunError):
 
 
 class DatasetError(EchoVideoError):
-    """Training data is missing, damaged or not what the run needs; the message names the file or the tensor."""
+    """Training data cannot be trained on; the message names the file or the tensor.
+
+    Codes of a dataset's folder: `dataset_missing`, `dataset_schema` (written by another version), `dataset_damaged`,
+    `shard_missing`, `shard_damaged`, and `one_clip` (cross-clip references of somebody who has one clip only).
+    """
 
     code = "dataset"
 

@@ -35,7 +35,7 @@ from echovideo.evaluation.networks import (
     save_judges,
     traits,
 )
-from echovideo.evaluation.statistics import determination, ranking_share
+from echovideo.evaluation.statistics import Numbers, determination, once, ranking_share
 from echovideo.synthetic.clip import ATTRIBUTES, ClipCondition, sample_conditions, scene_curves
 from echovideo.synthetic.draw import SIDE, draw_tensors
 from echovideo.synthetic.person import SPLITS, identity_parameters
@@ -76,7 +76,7 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Clips:
+class DrawnClips:
     """Drawn clips of N people, CLIPS_EACH each: uint8 frames (N, 2, SEEN_FRAMES, 3, H, W) and what is true of them."""
 
     frames: Tensor
@@ -84,19 +84,19 @@ class _Clips:
     nuisances: Tensor
     identity: Tensor
 
-    def write(self, at: Tensor, fresh: _Clips) -> None:
+    def write(self, at: Tensor, fresh: DrawnClips) -> None:
         for kept, new in zip(self._tensors(), fresh._tensors(), strict=True):
             kept[at] = new
 
-    def take(self, at: Tensor) -> _Clips:
+    def take(self, at: Tensor) -> DrawnClips:
         frames, attributes, nuisance, identity = (tensor[at] for tensor in self._tensors())
-        return _Clips(frames=frames, attributes=attributes, nuisances=nuisance, identity=identity)
+        return DrawnClips(frames=frames, attributes=attributes, nuisances=nuisance, identity=identity)
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.frames, self.attributes, self.nuisances, self.identity
 
 
-def draw_clips(seeds: range, side: int, device: str, *, compiled: bool) -> _Clips:
+def draw_clips(seeds: range, side: int, device: str, *, compiled: bool) -> DrawnClips:
     """Return drawn clips of the people that the seeds name."""
     conditions = sample_conditions(
         [_FIRST_CLIP + CLIPS_EACH * seed + clip for seed in seeds for clip in range(CLIPS_EACH)]
@@ -106,7 +106,7 @@ def draw_clips(seeds: range, side: int, device: str, *, compiled: bool) -> _Clip
     seen = scene[:, ::FRAME_STEP].to(device)
     drawn = draw_tensors(identity.repeat_interleave(CLIPS_EACH, dim=0), seen, side, side, compiled=compiled)
     shape = len(seeds), CLIPS_EACH
-    return _Clips(
+    return DrawnClips(
         frames=_as_bytes(drawn.frames_BFCHW).unflatten(0, shape),
         attributes=attribute_indices(conditions).to(device).unflatten(0, shape),
         nuisances=nuisances(scene).to(device).unflatten(0, shape),
@@ -199,14 +199,14 @@ def train_judges(budget: Budget, device: str) -> tuple[Judges, int]:
 
     split, drawn = SPLITS["judge"], 0
 
-    def next_clips() -> _Clips:
+    def next_clips() -> DrawnClips:
         nonlocal drawn
         seeds = split[drawn % len(split) :][: budget.people_drawn]
         drawn += budget.people_drawn
         return draw_clips(seeds, budget.side, device, compiled=compiled)
 
     first = next_clips()
-    kept = _Clips(
+    kept = DrawnClips(
         frames=first.frames.new_zeros(budget.people_kept, *first.frames.shape[1:]),
         attributes=first.attributes.new_zeros(budget.people_kept, *first.attributes.shape[1:]),
         nuisances=first.nuisances.new_zeros(budget.people_kept, *first.nuisances.shape[1:]),
@@ -310,8 +310,8 @@ def measure(judges: Judges, seeds: range, side: int, device: str) -> list[Row]:
             )
             for key, share in zip(ATTRIBUTES, right, strict=True)
         ]
-        nuisance_r2 = determination(reading.nuisances.double().numpy(), nuisances(scene).double().numpy())
-        trait_r2 = determination(reading.traits.double().numpy(), traits(identity).double().numpy())
+        nuisance_r2 = _r2(reading.nuisances, nuisances(scene))
+        trait_r2 = _r2(reading.traits, traits(identity))
         rows += [
             Row(name=f"{name}: {key}", metric="nuisance", value=value, unit="R2")
             for key, value in zip(NUISANCES, nuisance_r2.tolist(), strict=True)
@@ -335,7 +335,7 @@ def mark_visible(judges: Judges, seeds: range, side: int, device: str) -> None:
     conditions = sample_conditions([_FIRST_CLIP + CLIPS_EACH * seed for seed in seeds])
     identity = identity_parameters(torch.tensor(list(seeds)))
     reading = judges.read(_clips(identity, scene_curves(conditions, FRAMES), side, device).movedim(2, -1))
-    r2 = determination(reading.traits.double().numpy(), traits(identity).double().numpy())
+    r2 = _r2(reading.traits, traits(identity))
     judges.identity.visible.copy_(torch.from_numpy(r2 >= VISIBLE_R2))
 
 
@@ -346,6 +346,11 @@ def _clips(identity_BP: Tensor, scene_BFS: Tensor, side: int, device: str) -> Te
         for identity, scene in zip(identity_BP.split(_CHUNK), scene_BFS.split(_CHUNK), strict=True)
     ]
     return torch.cat(parts)
+
+
+def _r2(estimate: Tensor, truth: Tensor) -> Numbers:
+    r2: Numbers = determination(estimate.double().numpy(), truth.double().numpy(), once(len(truth)))[0]
+    return r2
 
 
 def _as_bytes(frames: Tensor) -> Tensor:

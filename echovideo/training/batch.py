@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from enum import IntEnum
 from typing import Protocol
 
 import torch
@@ -11,6 +12,20 @@ from echovideo.errors import DatasetError
 from echovideo.hashing import hashed
 
 _STRIDE = 0x9E3779B1
+
+
+class Stream(IntEnum):
+    """The streams of an example's seed; the last three are long draws, which take up the streams that follow theirs."""
+
+    TIMESTEP = 0
+    TEXT_DROPOUT = 1
+    IDENTITY_DROPOUT = 2
+    CONDITION_DROPOUT = 3
+    FACE_LATENT_DROPOUT = 4
+    REFERENCE = 5
+    FACE_NOISE = 1 << 4
+    NOISE = 1 << 10
+    LATENTS = 1 << 11
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

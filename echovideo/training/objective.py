@@ -13,12 +13,8 @@ from echovideo.hashing import normal, uniform
 from echovideo.model.rotary import rotary_tables
 from echovideo.model.transformer import EchoVideoTransformer3DModel
 from echovideo.sampler import Scheduler
-from echovideo.training.batch import NullCondition, TrainingBatch
+from echovideo.training.batch import NullCondition, Stream, TrainingBatch
 from echovideo.training.settings import StageSettings
-
-# Streams of an example's seed; normal draws are long, and take up the streams that follow theirs.
-_TIMESTEP, _TEXT, _IDENTITY, _CONDITION, _FACE_LATENT = range(5)
-_FACE_NOISE, _NOISE = 1 << 4, 1 << 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -63,15 +59,22 @@ def draw(batch: TrainingBatch, num_timesteps: int, settings: StageSettings) -> D
     """Draw the batch's random numbers, of each example from its own seed: no example's depend on its neighbours."""
     seeds = batch.seed_B
     timestep, text, identity, condition, face_latent = (
-        uniform(seeds, 1, stream)[:, 0] for stream in (_TIMESTEP, _TEXT, _IDENTITY, _CONDITION, _FACE_LATENT)
+        uniform(seeds, 1, stream)[:, 0]
+        for stream in (
+            Stream.TIMESTEP,
+            Stream.TEXT_DROPOUT,
+            Stream.IDENTITY_DROPOUT,
+            Stream.CONDITION_DROPOUT,
+            Stream.FACE_LATENT_DROPOUT,
+        )
     )
     drops_both = condition < settings.condition_dropout
     drops_face_latent = {"off": 1.0, "drop": settings.face_latent_dropout, "on": 0.0}[settings.face_latent]
     latents, face = batch.latents_BFCHW, batch.face_mean_BCHW
     return Draws(
         timestep_B=(timestep * num_timesteps).long(),
-        noise_BFCHW=normal(seeds, latents[0].numel(), _NOISE).view(latents.shape),
-        face_noise_BCHW=normal(seeds, face[0].numel(), _FACE_NOISE).view(face.shape),
+        noise_BFCHW=normal(seeds, latents[0].numel(), Stream.NOISE).view(latents.shape),
+        face_noise_BCHW=normal(seeds, face[0].numel(), Stream.FACE_NOISE).view(face.shape),
         drops_text_B=drops_both | (text < settings.text_dropout),
         drops_identity_B=drops_both | (identity < settings.identity_dropout),
         drops_face_latent_B=face_latent < drops_face_latent,

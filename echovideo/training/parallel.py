@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from echovideo.errors import TrainingError
 from echovideo.model.transformer import EchoVideoTransformer3DModel
+from echovideo.training.adapters import add_adapter
 from echovideo.training.settings import StageSettings
 
 
@@ -36,3 +39,25 @@ def prepare(model: EchoVideoTransformer3DModel, settings: StageSettings, *, comp
         for block in blocks:
             fully_shard(block, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
+
+
+def gathered(model: EchoVideoTransformer3DModel, settings: StageSettings) -> EchoVideoTransformer3DModel | None:
+    """Return a model with whole weights to render with or to save: on one process the model itself.
+
+    Of a sharded one the first process gets a copy and the others None. Every process calls this.
+    """
+    rank, world_size = process()
+    if world_size == 1:
+        return model
+    whole = None
+    if rank == 0:
+        with torch.device("meta"):
+            whole = EchoVideoTransformer3DModel(model.config)
+        if settings.adapter:
+            add_adapter(whole, settings.adapter, settings.seed)
+    for name, tensor in model.state_dict().items():
+        value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if whole is not None:
+            parent, _, own_name = name.rpartition(".")
+            setattr(whole.get_submodule(parent), own_name, nn.Parameter(value, requires_grad=False))
+    return whole

@@ -28,8 +28,8 @@ def _train(
     chosen: StageSettings, source: SmallSource | None = None, model: EchoVideoTransformer3DModel | None = None
 ) -> tuple[EchoVideoTransformer3DModel, Kept, int]:
     model, kept = model or small_model(), Kept()
-    skipped = train(model, schedule(), source or SmallSource(), null_condition(), chosen, record=kept)
-    return model, kept, skipped
+    progress = train(model, schedule(), source or SmallSource(), null_condition(), chosen, record=kept)
+    return model, kept, progress.skipped
 
 
 class _OneBatch:

@@ -11,7 +11,7 @@ from diffusers import CogVideoXDDIMScheduler
 from echovideo.conditioning import fuse_condition, place_face_latents
 from echovideo.errors import TrainingError
 from echovideo.model.rotary import rotary_tables
-from echovideo.training import objective
+from echovideo.training.batch import Stream
 from echovideo.training.objective import NoiseSchedule, draw, face_weight, training_loss
 from echovideo.training.settings import base
 from tests.echovideo.training.small import (
@@ -171,6 +171,7 @@ def test_noise_schedule_of_a_noise_predicting_model_is_refused() -> None:
 
 def test_streams_of_an_example_at_the_published_size_do_not_overlap() -> None:
     noise, face = 13 * 16 * 60 * 106, 16 * 60 * 106
-    assert objective._CONDITION < objective._FACE_NOISE
-    assert (objective._FACE_NOISE << 12) + face < objective._NOISE << 12
-    assert (objective._NOISE << 12) + noise < 1 << 32
+    assert Stream.REFERENCE < Stream.FACE_NOISE
+    assert (Stream.FACE_NOISE << 12) + face < Stream.NOISE << 12
+    assert (Stream.NOISE << 12) + noise < Stream.LATENTS << 12
+    assert (Stream.LATENTS << 12) + noise < 1 << 32
