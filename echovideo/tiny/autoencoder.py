@@ -47,7 +47,7 @@ class AutoencoderSettings:
 
     seconds: float
     seed: int = 1
-    phases: tuple[Phase, ...] = (Phase(until=0.45, clips=48, frames=9, side=64), Phase(until=1.0, clips=24))
+    phases: tuple[Phase, ...] = (Phase(until=0.45, clips=48, frames=9, side=64), Phase(until=1.0, clips=64))
     fresh: int = 24
     kept: int = 1536
     learning_rate: float = 1e-3

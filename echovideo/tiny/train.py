@@ -1,41 +1,60 @@
 """Trains the tiny model's parts, each from a seed: `python -m echovideo.tiny.train PART --out FOLDER`.
 
-Parts in their order: tokenizer, autoencoder, towers. Each leaves its weights in FOLDER in bfloat16, named as the part,
-and what was measured of it as PART.json. Move them to echovideo/tiny/weights to make them the shipped ones; later parts
-take the earlier ones from there. All but the tokenizer want a GPU.
+Parts in their order: tokenizer, autoencoder, towers, model. Each leaves its weights in FOLDER in bfloat16, named as the
+part, and what was measured of it as PART.json. Move them to echovideo/tiny/weights to make them the shipped ones; later
+parts take the earlier ones from there. All but the tokenizer want a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from echovideo.evaluation.cases import drawn_cases
+from echovideo.faces.recogniser import load_recogniser
 from echovideo.synthetic.results import Row, write_results
 from echovideo.tiny import shipped
 from echovideo.tiny.autoencoder import AutoencoderSettings, measure_autoencoder, train_autoencoder
+from echovideo.tiny.diffusion import ModelSettings, measure_model, train_model
 from echovideo.tiny.parts import train_tokenizer
 from echovideo.tiny.towers import TowersSettings, measure_towers, train_towers
+from echovideo.tiny.world import Encoders
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What every part is told: where to write, how long to train, on what, and dlib's weights if not its package's."""
+
+    out: Path
+    seconds: float
+    device: torch.device
+    recogniser: Path | None
+
 
 Measures = Mapping[str, tuple[float, str, float | None]]
 """What is measured: its value, unit and, where there is one, its floor."""
 
 
-def tokenizer(out: Path, seconds: float, device: torch.device) -> Measures:
+def tokenizer(options: Options) -> Measures:
     """Train the tokenizer on captions; the same on every machine."""
     trained = train_tokenizer()
-    shipped.save_tokenizer(trained, out)
+    shipped.save_tokenizer(trained, options.out)
     return {"vocabulary": (float(len(trained)), "tokens", None)}
 
 
-def autoencoder(out: Path, seconds: float, device: torch.device) -> Measures:
+def autoencoder(options: Options) -> Measures:
     """Train the video autoencoder, going on from the shipped one if there is one."""
     start = shipped.load_vae() if shipped.has("autoencoder") else None
-    vae = train_autoencoder(AutoencoderSettings(seconds=seconds), device, start)
-    found = measure_autoencoder(vae, device)
-    shipped.save_vae(vae, scaling_factor=1 / found.latents_deviation, folder=out)
+    settings = AutoencoderSettings(seconds=options.seconds)
+    if start:
+        settings = replace(settings, phases=settings.phases[-1:], learning_rate=settings.learning_rate / 2)
+    vae = train_autoencoder(settings, options.device, start)
+    found = measure_autoencoder(vae, options.device)
+    shipped.save_vae(vae, scaling_factor=1 / found.latents_deviation, folder=options.out)
     return {
         "clips": (found.clips_psnr, "dB PSNR", 30.0),
         "faces": (found.faces_psnr, "dB PSNR", None),
@@ -44,20 +63,30 @@ def autoencoder(out: Path, seconds: float, device: torch.device) -> Measures:
     }
 
 
-def towers(out: Path, seconds: float, device: torch.device) -> Measures:
+def towers(options: Options) -> Measures:
     """Train the text encoder and the vision tower."""
     words = shipped.load_tokenizer()
-    trained = train_towers(TowersSettings(seconds=seconds), words, device)
-    shipped.save("text_encoder", trained.text_encoder, out)
-    shipped.save("image_encoder", trained.image_encoder, out)
-    found = measure_towers(trained, words, device)
+    trained = train_towers(TowersSettings(seconds=options.seconds), words, options.device)
+    shipped.save("text_encoder", trained.text_encoder, options.out)
+    shipped.save("image_encoder", trained.image_encoder, options.out)
+    found = measure_towers(trained, words, options.device)
     return {name: (value, "share", None) for name, value in found.items()}
 
 
-PARTS: Mapping[str, Callable[[Path, float, torch.device], Measures]] = {
+def model(options: Options) -> Measures:
+    """Encode the world, train base, stage 1 and stage 2 on it, and score what the model makes of unseen people."""
+    encoders = Encoders.shipped(load_recogniser(options.recogniser), options.device)
+    settings = ModelSettings(seconds=options.seconds)
+    transformer = train_model(settings, encoders, options.device)
+    shipped.save("transformer", transformer, options.out)
+    return measure_model(transformer, encoders, drawn_cases(), options.out, options.device)
+
+
+PARTS: Mapping[str, Callable[[Options], Measures]] = {
     "tokenizer": tokenizer,
     "autoencoder": autoencoder,
     "towers": towers,
+    "model": model,
 }
 
 
@@ -67,13 +96,16 @@ def main() -> None:
     parser.add_argument("part", choices=tuple(PARTS))
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights and the measurements")
     parser.add_argument("--minutes", type=float, default=7.0, help="training time, without what is measured after it")
+    parser.add_argument("--recogniser", type=Path, help="dlib's .dat file, where face-recognition-models is missing")
     parser.add_argument("--commit", help="what is run, where this is no git checkout")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.benchmark_limit = 4
     options.out.mkdir(parents=True, exist_ok=True)
-    measures = PARTS[options.part](options.out, 60 * options.minutes, device)
+    measures = PARTS[options.part](
+        Options(out=options.out, seconds=60 * options.minutes, device=device, recogniser=options.recogniser)
+    )
     rows = [
         Row(name=options.part, metric=metric, value=value, unit=unit, floor=floor)
         for metric, (value, unit, floor) in measures.items()

@@ -119,6 +119,8 @@ def train(
 ) -> Progress:
     """Train the model in place up to the settings' steps, from the last of its checkpoints on, and return how it went.
 
+    The model is left with the averaged weights, where the settings ask for an average.
+
     The model lies on the device, in bfloat16 or float32, and so do `schedule`, `null` and the source's batches. Every
     process of torch.distributed's default group calls this. With `compiled`, torch.compile makes each block.
 
@@ -156,6 +158,7 @@ def train(
             checkpoints.save(trainer.optimizer, reader.progress)
     if checkpoints:
         checkpoints.wait()
+    trainer.optimizer.finish()
     return reader.progress
 
 
