@@ -223,6 +223,11 @@ def load_weights(model: nn.Module, path: Path) -> Progress:
     return Progress(**manifest["progress"])
 
 
+def read_progress(path: Path) -> Progress:
+    """Return how far a run was at a checkpoint."""
+    return Progress(**_manifest(path)["progress"])
+
+
 def damage(path: Path) -> str | None:
     """Return what is wrong with a checkpoint's files, or None: every one is read and compared with its digest."""
     try:
