@@ -127,8 +127,8 @@ def measure_ours(case: Case, settings: StageSettings, *, compiled: bool) -> Meas
     rank, share = (dist.get_rank(), 1) if dist.is_initialized() else (0, settings.batch_size)
     batch = _batch(case, rank * share + torch.arange(share))
 
-    def step() -> None:
-        trainer.take(batch)
+    def step() -> torch.Tensor:
+        return trainer.take(batch)["skipped"]
 
     def peak(recomputed_blocks: int) -> float:
         trainer.model.recomputed_blocks = recomputed_blocks
@@ -177,7 +177,7 @@ def measure_diffusers(case: Case) -> Measurement:
     grid = (case.frames, case.height // patch, case.width // patch)
     rotary = rotary_tables(*grid, config.attention_head_dim, case.device)
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         draws = draw(batch, len(schedule.signal_T), settings)
         signal, noise = (t[draws.timestep_B].view(-1, 1, 1, 1, 1) for t in (schedule.signal_T, schedule.noise_T))
         latents = batch.latents_BFCHW
@@ -191,7 +191,8 @@ def measure_diffusers(case: Case) -> Measurement:
         )
         loss = (predicted.float() - (signal * draws.noise_BFCHW - noise * latents)).square().mean()
         loss.backward()
-        optimizer.step(0, loss[None])
+        *_, bad = optimizer.step(0, loss[None])
+        return bad
 
     return _measure(step, case.device)
 
@@ -286,9 +287,10 @@ def _fewest_blocks(peak: Callable[[int], float], blocks: int, memory: float) -> 
     return fewest
 
 
-def _measure(step: Callable[[], None], device: str) -> Measurement:
+def _measure(step: Callable[[], torch.Tensor], device: str) -> Measurement:
+    """Time a step, which returns 1 if its numbers were not finite; then it would have left out work."""
     for _ in range(_WARM_UP):
-        step()
+        assert float(step()) == 0, "the step gave no finite loss or gradient"
     times = []
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -301,7 +303,7 @@ def _measure(step: Callable[[], None], device: str) -> Measurement:
     return Measurement(seconds=statistics.median(times), peak=_allocated(device), recomputed_blocks=0)
 
 
-def _peak(step: Callable[[], None], device: str) -> float:
+def _peak(step: Callable[[], object], device: str) -> float:
     torch.cuda.reset_peak_memory_stats()
     step()
     _finish(device)

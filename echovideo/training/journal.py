@@ -35,7 +35,7 @@ class Journal:
         step = found.step if isinstance(found, StepRecord) else found.steps
         if self._writer is None:
             self._drop_from(step)
-            self._writer = SummaryWriter(str(self._folder / EVENTS), purge_step=step, write_to_disk=True)
+            self._writer = SummaryWriter(str(self._folder / EVENTS), purge_step=step, flush_secs=10)
         with (self._folder / METRICS).open("a") as lines:
             lines.write(json.dumps(_finite(asdict(found))) + "\n")
         if isinstance(found, ScoreRecord):
