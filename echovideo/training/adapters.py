@@ -53,6 +53,7 @@ def add_adapter(model: nn.Module, settings: AdapterSettings, seed: int) -> None:
     """
     layers = {layer for group in settings.groups for layer in _ADAPTED[group]}
     for name, linear in list(model.named_modules()):
+        assert not isinstance(linear, LoraLinear), "the model has an adapter already"
         if not isinstance(linear, nn.Linear) or name.split(".", 2)[-1] not in layers:
             continue
         width_out, width_in = linear.weight.shape

@@ -19,6 +19,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -100,6 +101,11 @@ class Checkpoints:
             traceback.print_exception(error)
             error = StorageError(f"the checkpoint in {self.folder} was not written: {type(error).__name__}: {error}")
         self._agree(error)
+
+    def settle(self) -> None:
+        """Return when this process writes nothing any more; what went wrong is raised by the next call."""
+        if self._writing is not None:
+            futures.wait([self._writing])
 
     def restore(self, optimizer: MasterAdamW, path: Path | None = None) -> Progress:
         """Fill the optimizer and its model from `path`, or from the last checkpoint that is whole; return its progress.
@@ -221,6 +227,11 @@ def load_weights(model: nn.Module, path: Path) -> Progress:
         for name, value in values.items():
             model.get_parameter(name).copy_(value)
     return Progress(**manifest["progress"])
+
+
+def read_progress(path: Path) -> Progress:
+    """Return how far a run was at a checkpoint."""
+    return Progress(**_manifest(path)["progress"])
 
 
 def damage(path: Path) -> str | None:

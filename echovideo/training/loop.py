@@ -138,24 +138,31 @@ def train(
         raise TrainingError(
             f"batch_size {settings.batch_size} cannot be shared out evenly to {world_size} processes", code="settings"
         )
-    while trainer.steps < settings.steps:
-        batch = source.batch(trainer.steps, rank, world_size)
-        if len(batch.seed_B) * world_size != settings.batch_size:
-            raise DatasetError(f"the source gave {len(batch.seed_B)} examples of {settings.batch_size} / {world_size}")
-        reader.keep(trainer.steps, trainer.take(batch))
-        done = trainer.steps
-        validates = validate is not None and _due(done, settings.validate_every, settings.steps)
-        saves = checkpoints is not None and (validates or _due(done, settings.checkpoint_every, settings.steps))
-        if not (validates or saves or _due(done, settings.record_every, settings.steps)):
-            continue
-        try:
-            reader.read()
-        except TrainingError as error:
-            raise TrainingError(f"{error.message}. {_where_to_go_on(checkpoints)}", code=error.code) from None
-        if validate and validates:
-            reader.tell(_scores(trainer, validate))
-        if checkpoints and saves:
-            checkpoints.save(trainer.optimizer, reader.progress)
+    try:
+        while trainer.steps < settings.steps:
+            batch = source.batch(trainer.steps, rank, world_size)
+            if len(batch.seed_B) * world_size != settings.batch_size:
+                raise DatasetError(
+                    f"the source gave {len(batch.seed_B)} examples of {settings.batch_size} / {world_size}"
+                )
+            reader.keep(trainer.steps, trainer.take(batch))
+            done = trainer.steps
+            validates = validate is not None and _due(done, settings.validate_every, settings.steps)
+            saves = checkpoints is not None and (validates or _due(done, settings.checkpoint_every, settings.steps))
+            if not (validates or saves or _due(done, settings.record_every, settings.steps)):
+                continue
+            try:
+                reader.read()
+            except TrainingError as error:
+                raise TrainingError(f"{error.message}. {_where_to_go_on(checkpoints)}", code=error.code) from None
+            if validate and validates:
+                reader.tell(_scores(trainer, validate))
+            if checkpoints and saves:
+                checkpoints.save(trainer.optimizer, reader.progress)
+    finally:
+        # Whatever ends the run, the checkpoint that is being written outlives it.
+        if checkpoints:
+            checkpoints.settle()
     if checkpoints:
         checkpoints.wait()
     trainer.optimizer.finish()

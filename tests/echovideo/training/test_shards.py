@@ -38,7 +38,7 @@ SIZES = ((32, 48), (48, 32))
 CHOSEN = settings(batch_size=4, references="in_clip", seed=3)
 
 
-def _write(folder: Path, people: int = 7, clips_each: int = 2) -> Dataset:
+def write_people(folder: Path, people: int = 7, clips_each: int = 2) -> Dataset:
     """Write people with clips in turns of two sizes; a clip's tensors are those of the seed of its number."""
     (folder / "shards").mkdir(parents=True)
     examples, references = [], []
@@ -83,7 +83,7 @@ def _write(folder: Path, people: int = 7, clips_each: int = 2) -> Dataset:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Fourteen clips of seven people, seven of each size."""
-    return _write(tmp_path_factory.mktemp("shards") / "set")
+    return write_people(tmp_path_factory.mktemp("shards") / "set")
 
 
 def _source(dataset: Dataset, chosen: StageSettings = CHOSEN) -> ShardSource:
@@ -155,14 +155,14 @@ def test_source_of_another_models_dataset_is_refused(dataset: Dataset) -> None:
 
 
 def test_source_of_cross_clip_references_with_one_clip_a_person_is_refused(tmp_path: Path) -> None:
-    alone = _write(tmp_path / "set", people=2, clips_each=1)
+    alone = write_people(tmp_path / "set", people=2, clips_each=1)
     with pytest.raises(DatasetError, match="person-0, person-1") as caught:
         _source(alone, settings(references="cross_clip"))
     assert caught.value.code == "one_clip"
 
 
 def test_batch_of_a_shard_that_is_gone_or_cut_names_it(tmp_path: Path) -> None:
-    dataset = _write(tmp_path / "set", people=3)
+    dataset = write_people(tmp_path / "set", people=3)
     path = dataset.folder / "shards" / dataset.examples[4].shard
     path.write_bytes(path.read_bytes()[:-5])
     source = _source(dataset)
