@@ -1,0 +1,1 @@
+"""Training over Ray: footage to a dataset's shards."""
