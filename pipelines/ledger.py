@@ -11,7 +11,7 @@ Layout under the output root, one owner's namespace:
     runs/<run_id>/outcomes/<row_id>.json        Ok, Rejected and Dead: final, written only if absent
     runs/<run_id>/videos/<key>                  this run refers to the video of that key
     runs/<run_id>/identities/                   identities by photo digest
-    runs/<run_id>/photos/, faces/, posters/     small pictures by row
+    runs/<run_id>/photos/, faces/, posters/     small pictures by row; sheets/ of a data job, by clip
     runs/<run_id>/cancel, deleting              markers
 
 A row: claim -> find or render and put the video -> commit. Whoever claims or commits names its driver's epoch and is
