@@ -61,3 +61,19 @@ class RenderCancelledError(RunError):
     """The render was stopped between two steps, as its caller asked."""
 
     code = "cancelled"
+
+
+class DatasetError(EchoVideoError):
+    """Training data cannot be trained on; the message names the file or the tensor.
+
+    Codes of a dataset's folder: `dataset_missing`, `dataset_schema` (written by another version), `dataset_damaged`,
+    `shard_missing`, `shard_damaged`, and `one_clip` (cross-clip references of somebody who has one clip only).
+    """
+
+    code = "dataset"
+
+
+class TrainingError(EchoVideoError):
+    """Training cannot start or go on: settings that do not fit, no finite loss, or too little memory."""
+
+    code = "training"

@@ -1,1 +1,1 @@
-"""Training: the shards it reads, and the loop that learns from them; plain torch."""
+"""Training in two stages: velocity objective, settings, one loop, adapters, checkpoints, on any number of devices."""

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from echovideo.errors import EchoVideoError
+from echovideo.errors import DatasetError
 
 SCHEMA = 1
 """Version of the layout above; raised with every change that an older reader would misread."""
@@ -40,16 +40,6 @@ SHARDS = "shards"
 _MAKE_AGAIN = "make the dataset again from its manifest into the same folder: only what is missing is made"
 
 Record = TypeVar("Record", bound="Example | Reference")
-
-
-class DatasetError(EchoVideoError):
-    """A dataset folder cannot be trained on.
-
-    Codes: `dataset_missing`, `dataset_schema` (written by another version), `dataset_damaged`, `shard_missing`,
-    `shard_damaged`, and `one_clip` (cross-clip references of somebody who has one clip only).
-    """
-
-    code = "dataset"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

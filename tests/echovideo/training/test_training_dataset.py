@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from echovideo.errors import DatasetError
 from echovideo.training.dataset import (
     EXAMPLES_SCHEMA,
     REFERENCES_SCHEMA,
     DatasetCard,
-    DatasetError,
     Example,
     ExampleTensors,
     NullTensors,
