@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from echovideo.conditioning import encode_face_tokens, encode_prompt, face_posterior
 from echovideo.engine import check_device, model_dtype
 from echovideo.faces.analyzer import Identity
-from echovideo.faces.parsing import FACE_SIDE
+from echovideo.faces.templates import FACE_SIDE
 from echovideo.footage.take import Take, face_share
 from echovideo.model import folder as model_folder
 from echovideo.model.config import TransformerConfig

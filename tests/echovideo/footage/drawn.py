@@ -20,7 +20,7 @@ from echovideo.video import encode_mp4
 FRAMES = 24
 _ANN, _BOB = people([SPLITS["train"][0], SPLITS["train"][2]])
 _CLIPS = {
-    "ann-1": (_ANN, ClipCondition(seed=1, motion="nod", background="wall")),
+    "ann-1": (_ANN, ClipCondition(seed=1, motion="talk", background="wall")),
     "ann-2": (_ANN, ClipCondition(seed=2, motion="talk", background="park", garment_colour="red")),
     "bob-1": (_BOB, ClipCondition(seed=3, motion="turn_left", background="beach", garment_colour="blue")),
 }

@@ -13,7 +13,7 @@ from echovideo.faces.analyzer import FrameFace
 from echovideo.footage.plan import FootageSettings, plan_take, settings_for
 from echovideo.footage.scan import FootageError, Scan, Sighting
 from echovideo.model.config import TransformerConfig
-from echovideo.tiny import tiny_config
+from echovideo.tiny.parts import tiny_config
 
 SETTINGS = FootageSettings(num_frames=17)
 ANN, BOB = (1.0, 0.0), (0.0, 1.0)
