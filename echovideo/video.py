@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +103,51 @@ def sample_mp4(source: Path | bytes, num_frames: int) -> NDArray[np.uint8]:
     """Return `num_frames` evenly spaced frames, the first and last among them, as `decode_mp4` would give them."""
     frames = _decode(source)
     return _to_rgb([frames[round(at)] for at in np.linspace(0, len(frames) - 1, num_frames)])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StreamedFrame:
+    """One frame of a file: its number, its RGB pixels, upright, and how many of these make a pixel of the file."""
+
+    index: int
+    pixels_HWC: NDArray[np.uint8]  # noqa: N815
+    scale: float
+
+
+def stream_frames(
+    path: Path, *, indices: Collection[int] | None = None, stride: int = 1, max_side: int | None = None
+) -> Iterator[StreamedFrame]:
+    """Yield every `stride`-th frame of a video file of any length, or those of `indices`, one at a time in file order.
+
+    Frames whose longer side is over `max_side` pixels are scaled down to it; a phone's turned pictures are turned
+    upright. Numbers beyond the end give nothing. Raises VideoError where the file cannot be read or decoded.
+    """
+    last = None if indices is None else max(indices)
+    reformatter = VideoReformatter()
+    with _codec_errors(f"cannot read the video {path}", code="video_unreadable"), av.open(str(path), "r") as container:
+        _check_has_pictures(container, str(path))
+        for index, frame in enumerate(container.decode(video=0)):
+            if index % stride == 0 if indices is None else index in indices:
+                scale = 1.0 if max_side is None else min(1.0, max_side / max(frame.width, frame.height))
+                size = {} if scale == 1 else {"width": int(frame.width * scale), "height": int(frame.height * scale)}
+                rgb = reformatter.reformat(
+                    frame, format="rgb24", dst_color_range=ColorRange.JPEG, interpolation=_SCALER, threads=1, **size
+                ).to_ndarray()
+                yield StreamedFrame(
+                    index, np.rot90(rgb, round(frame.rotation / 90)).astype(np.uint8, copy=False), scale
+                )
+            if index == last:
+                return
+
+
+def frame_rate(path: Path) -> float:
+    """Return a video file's mean frames per second; raises VideoError."""
+    with _codec_errors(f"cannot read the video {path}", code="video_unreadable"), av.open(str(path), "r") as container:
+        _check_has_pictures(container, str(path))
+        rate = container.streams.video[0].average_rate
+    if not rate:
+        raise VideoError(f"cannot read the video {path}: it does not say how fast it plays", code="video_unreadable")
+    return float(rate)
 
 
 def poster_jpeg(frame_HWC: NDArray[np.uint8], *, max_side: int = 320) -> bytes:

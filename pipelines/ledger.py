@@ -11,7 +11,7 @@ Layout under the output root, one owner's namespace:
     runs/<run_id>/outcomes/<row_id>.json        Ok, Rejected and Dead: final, written only if absent
     runs/<run_id>/videos/<key>                  this run refers to the video of that key
     runs/<run_id>/identities/                   identities by photo digest
-    runs/<run_id>/photos/, faces/, posters/     small pictures by row
+    runs/<run_id>/photos/, faces/, posters/     small pictures by row; sheets/ of a data job, by clip
     runs/<run_id>/cancel, deleting              markers
 
 A row: claim -> find or render and put the video -> commit. Whoever claims or commits names its driver's epoch and is
@@ -26,22 +26,21 @@ import os
 import secrets
 import socket
 import threading
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from echovideo.errors import RunError, StorageError
-from pipelines.outcome import FINAL, KINDS, RowOutcome, from_record, kind_of, to_record
+from pipelines.outcome import KINDS, Cancelled, Failed, RowOutcome, from_record, to_record
 from pipelines.storage import StoragePath, StoredFile, encode_json
 
 LEASE_S = 30.0
 """A driver without a heartbeat for this long is taken to be gone."""
 HEARTBEAT_S = 5.0
-PICTURES = ("photos", "faces", "posters")
-"""Folders of a run's small pictures, one JPEG a row in each."""
 MAX_STRIKES = 3
 """A row that took its worker down this often is Dead."""
 
@@ -132,11 +131,35 @@ class Epoch:
                 _log.warning("heartbeat of epoch %d not written: %s", self.number, error)
 
 
-class Ledger:
-    """One run's records under an output root; see the module for layout and protocol.
+class HasRowId(Protocol):
+    """What every outcome has."""
 
-    It pickles as its addresses and may be used by many threads and processes at once.
+    @property
+    def row_id(self) -> str:
+        """The row whose outcome it is."""
+        ...
+
+
+Outcome = TypeVar("Outcome", bound=HasRowId)
+
+
+class OutcomeLedger(ABC, Generic[Outcome]):
+    """One run's turns, claims and outcomes under an output root; see the module for layout and protocol.
+
+    A subclass says what its outcomes are. Failed and Cancelled are attempts, every other outcome is final. It pickles
+    as its addresses and may be used by many threads and processes at once.
     """
+
+    pictures: ClassVar[tuple[str, ...]]
+    """Folders of the run's small pictures, one JPEG a row in each."""
+
+    @abstractmethod
+    def encode(self, outcome: Outcome) -> dict[str, Any]:
+        """Return the outcome as a JSON-able dict with its word under "outcome"."""
+
+    @abstractmethod
+    def decode(self, record: Mapping[str, Any]) -> Outcome:
+        """Return the outcome that an `encode` dict holds."""
 
     def __init__(
         self, root: StoragePath, run_id: str, *, lease_s: float = LEASE_S, heartbeat_s: float = HEARTBEAT_S
@@ -146,10 +169,10 @@ class Ledger:
         self.lease_s = lease_s
         self.heartbeat_s = heartbeat_s
         # Final outcomes never change, so each is read once.
-        self._finals: dict[str, RowOutcome] = {}
+        self._finals: dict[str, Outcome] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _open_ledger, (self.root, self.run_id, self.lease_s, self.heartbeat_s)
+        return _open_ledger, (type(self), self.root, self.run_id, self.lease_s, self.heartbeat_s)
 
     @property
     def folder(self) -> StoragePath:
@@ -201,7 +224,7 @@ class Ledger:
 
     def claim(
         self, row_id: str, epoch: int, stage: str, node: str, node_alive: Callable[[str], bool]
-    ) -> Claim | RowOutcome | None:
+    ) -> Claim | Outcome | None:
         """Record that `stage` on `node` starts to work on a row, before it does.
 
         Returns the row's outcome instead if it has a final one, and None if another worker claimed this attempt at the
@@ -210,7 +233,7 @@ class Ledger:
         """
         self._check_fence(epoch)
         if (self._outcomes / f"{row_id}.json").exists():
-            return from_record((self._outcomes / f"{row_id}.json").read_json())
+            return self.decode((self._outcomes / f"{row_id}.json").read_json())
         claims = self.folder / "claims" / row_id
         last = max((int(name.removesuffix(".json")) for name in claims.list_names()), default=0)
         strikes = 0
@@ -235,22 +258,22 @@ class Ledger:
         written = (claims / f"{claim.attempt}.json").write_json_if_absent(asdict(claim))
         return claim if written else None
 
-    def commit(self, outcome: RowOutcome, epoch: int) -> RowOutcome:
+    def commit(self, outcome: Outcome, epoch: int) -> Outcome:
         """Record how a row (final outcomes) or an attempt (Failed, Cancelled) ended, once.
 
         Returns the record that stands: `outcome`, or the earlier one when somebody was first. A row cancelled before
         any claim has attempt 0. Raises StaleDriverError when a newer driver has taken over.
         """
         self._check_fence(epoch)
-        if isinstance(outcome, FINAL):
-            path = self._outcomes / f"{outcome.row_id}.json"
-        else:
+        if isinstance(outcome, Failed | Cancelled):
             path = self._attempts / outcome.row_id / f"{outcome.attempt}.json"
-        if path.write_json_if_absent(to_record(outcome)):
+        else:
+            path = self._outcomes / f"{outcome.row_id}.json"
+        if path.write_json_if_absent(self.encode(outcome)):
             return outcome
-        return from_record(path.read_json())
+        return self.decode(path.read_json())
 
-    def outcomes(self) -> dict[str, RowOutcome]:
+    def outcomes(self) -> dict[str, Outcome]:
         """Return how each row that has a record stands: its final outcome, else its latest attempt's."""
         done = self._final_row_ids()
         unread = [row_id for row_id in done if row_id not in self._finals]
@@ -265,7 +288,7 @@ class Ledger:
 
     def counts(self) -> dict[str, int]:
         """Return how many rows stand at each of "ok", "rejected", "failed", "dead" and "cancelled"."""
-        counted = Counter(kind_of(outcome) for outcome in self.outcomes().values())
+        counted = Counter(self.encode(outcome)["outcome"] for outcome in self.outcomes().values())
         return {kind: counted[kind] for kind in KINDS}
 
     def remaining(self, row_ids: Iterable[str]) -> list[str]:
@@ -284,6 +307,80 @@ class Ledger:
     def cancel_requested(self) -> bool:
         """Return whether the run is to stop."""
         return (self.folder / "cancel").exists()
+
+    def forget_row(self, row_id: str) -> None:
+        """Delete a row's records and pictures, as its run's driver; stopped half-way, it can be called again."""
+        for kind in self.pictures:
+            (self.folder / kind / f"{row_id}.jpg").delete()
+        (self._outcomes / f"{row_id}.json").delete()
+        self._finals.pop(row_id, None)
+        for folder in (self._attempts / row_id, self.folder / "claims" / row_id):
+            folder.delete_tree()
+
+    @property
+    def _epochs(self) -> StoragePath:
+        return self.folder / "epochs"
+
+    @property
+    def _outcomes(self) -> StoragePath:
+        return self.folder / "outcomes"
+
+    @property
+    def _attempts(self) -> StoragePath:
+        return self.folder / "attempts"
+
+    def _final_row_ids(self) -> set[str]:
+        return {name.removesuffix(".json") for name in self._outcomes.list_names()}
+
+    def _read(self, folder: StoragePath, names: Mapping[str, str]) -> dict[str, Outcome]:
+        records = folder.read_many_json(list(names.values()))
+        return {row_id: self.decode(record) for row_id, record in zip(names, records, strict=True)}
+
+    def _check_fence(self, epoch: int) -> None:
+        # Epochs are numbered without gaps, so the next one is there if any newer one is.
+        if (self._epochs / f"{epoch + 1}.json").exists():
+            raise StaleDriverError(
+                f"run {self.run_id} was taken over by a newer driver than epoch {epoch}; stop this one"
+            )
+
+    def _check_idle(self) -> int:
+        """Return the newest epoch's number, 0 if there is none; raises RunError if its driver lives."""
+        files = {file.path: file for file in self._epochs.list_files()}
+        newest = max((int(name.removesuffix(".json")) for name in files if name.endswith(".json")), default=0)
+        if not newest or f"{newest}.finished" in files:
+            return newest
+        driver = (self._epochs / f"{newest}.json").read_json()
+        is_local = driver["machine"] is not None and driver["machine"] == _machine()
+        if is_local and _process_start(driver["pid"]) != driver["process_start"]:
+            return newest
+        age = self._store_time() - _last_sign(newest, files)
+        if age > self.lease_s:
+            return newest
+        raise RunError(
+            f"run {self.run_id} is already running on host {driver['host']}, process {driver['pid']}, last heard of "
+            f"{max(age, 0.0):.0f} s ago; follow it, or cancel it, or wait until it is silent for {self.lease_s:g} s",
+            code="already_running",
+            numbers={"pid": driver["pid"], "age_s": age},
+        )
+
+    def _store_time(self) -> float:
+        probe = self.folder / "clock"
+        probe.write_bytes(b"")
+        return probe.stat().modified_s
+
+
+class Ledger(OutcomeLedger[RowOutcome]):
+    """A run of videos: rows end with RowOutcomes, and their videos are shared by all runs of the namespace."""
+
+    pictures = ("photos", "faces", "posters")
+
+    def encode(self, outcome: RowOutcome) -> dict[str, Any]:
+        """Return the outcome as a JSON-able dict with its word under "outcome"."""
+        return to_record(outcome)
+
+    def decode(self, record: Mapping[str, Any]) -> RowOutcome:
+        """Return the outcome that an `encode` dict holds."""
+        return from_record(record)
 
     def find_video(self, key: str) -> StoredVideo | None:
         """Return the namespace's complete video of that key, which this run then refers to, or None.
@@ -341,24 +438,7 @@ class Ledger:
         if video_key is not None:
             (self.folder / "videos" / video_key).delete()
             self._delete_videos({video_key})
-        for kind in PICTURES:
-            (self.folder / kind / f"{row_id}.jpg").delete()
-        (self._outcomes / f"{row_id}.json").delete()
-        self._finals.pop(row_id, None)
-        for folder in (self._attempts / row_id, self.folder / "claims" / row_id):
-            folder.delete_tree()
-
-    @property
-    def _epochs(self) -> StoragePath:
-        return self.folder / "epochs"
-
-    @property
-    def _outcomes(self) -> StoragePath:
-        return self.folder / "outcomes"
-
-    @property
-    def _attempts(self) -> StoragePath:
-        return self.folder / "attempts"
+        self.forget_row(row_id)
 
     def _sidecar(self, key: str) -> StoragePath:
         return self.root / "videos" / key[:2] / f"{key}.json"
@@ -384,48 +464,11 @@ class Ledger:
                 if name.startswith(f"{key}-"):
                     (sidecar.parent / name).delete()
 
-    def _final_row_ids(self) -> set[str]:
-        return {name.removesuffix(".json") for name in self._outcomes.list_names()}
 
-    def _read(self, folder: StoragePath, names: Mapping[str, str]) -> dict[str, RowOutcome]:
-        records = folder.read_many_json(list(names.values()))
-        return {row_id: from_record(record) for row_id, record in zip(names, records, strict=True)}
-
-    def _check_fence(self, epoch: int) -> None:
-        # Epochs are numbered without gaps, so the next one is there if any newer one is.
-        if (self._epochs / f"{epoch + 1}.json").exists():
-            raise StaleDriverError(
-                f"run {self.run_id} was taken over by a newer driver than epoch {epoch}; stop this one"
-            )
-
-    def _check_idle(self) -> int:
-        """Return the newest epoch's number, 0 if there is none; raises RunError if its driver lives."""
-        files = {file.path: file for file in self._epochs.list_files()}
-        newest = max((int(name.removesuffix(".json")) for name in files if name.endswith(".json")), default=0)
-        if not newest or f"{newest}.finished" in files:
-            return newest
-        driver = (self._epochs / f"{newest}.json").read_json()
-        is_local = driver["machine"] is not None and driver["machine"] == _machine()
-        if is_local and _process_start(driver["pid"]) != driver["process_start"]:
-            return newest
-        age = self._store_time() - _last_sign(newest, files)
-        if age > self.lease_s:
-            return newest
-        raise RunError(
-            f"run {self.run_id} is already running on host {driver['host']}, process {driver['pid']}, last heard of "
-            f"{max(age, 0.0):.0f} s ago; follow it, or cancel it, or wait until it is silent for {self.lease_s:g} s",
-            code="already_running",
-            numbers={"pid": driver["pid"], "age_s": age},
-        )
-
-    def _store_time(self) -> float:
-        probe = self.folder / "clock"
-        probe.write_bytes(b"")
-        return probe.stat().modified_s
-
-
-def _open_ledger(root: StoragePath, run_id: str, lease_s: float, heartbeat_s: float) -> Ledger:
-    return Ledger(root, run_id, lease_s=lease_s, heartbeat_s=heartbeat_s)
+def _open_ledger(
+    kind: type[OutcomeLedger[Any]], root: StoragePath, run_id: str, lease_s: float, heartbeat_s: float
+) -> OutcomeLedger[Any]:
+    return kind(root, run_id, lease_s=lease_s, heartbeat_s=heartbeat_s)
 
 
 def _last_sign(epoch: int, files: Mapping[str, StoredFile]) -> float:

@@ -72,7 +72,8 @@ def _is_text_map(kind: pa.DataType) -> bool:
     return bool(types.is_map(kind)) and _is_text(kind.key_type) and _is_text(kind.item_type)
 
 
-def _text(name: str, meaning: str, *, required: bool = False) -> Column:
+def text_column(name: str, meaning: str, *, required: bool = False) -> Column:
+    """Return a column of text."""
     return Column(name=name, type=pa.string(), required=required, meaning=meaning, accepts=_is_text)
 
 
@@ -85,11 +86,11 @@ def _number(name: str, meaning: str) -> Column:
 
 
 COLUMNS = (
-    _text("row_id", "Unique name of the row: letters, digits, '.', '_', '-', at most 128.", required=True),
-    _text(
+    text_column("row_id", "Unique name of the row: letters, digits, '.', '_', '-', at most 128.", required=True),
+    text_column(
         "prompt", "What the person does, at most 4000 characters; the model reads the first 226 tokens.", required=True
     ),
-    _text("photo_uri", "The photo: a path (relative to the manifest's folder), file://, s3:// or https://."),
+    text_column("photo_uri", "The photo: a path (relative to the manifest's folder), file://, s3:// or https://."),
     Column(
         name="photo_bytes",
         type=pa.binary(),
@@ -97,17 +98,17 @@ COLUMNS = (
         meaning="The photo itself, as JPEG, PNG or WebP. Each row has exactly one of photo_uri and photo_bytes.",
         accepts=_is_binary,
     ),
-    _text("negative_prompt", "What to steer away from; default empty."),
+    text_column("negative_prompt", "What to steer away from; default empty."),
     _integer("seed", pa.int64(), f"Seed of the noise, 0 to 2^63-1; default {DEFAULT_SEED}."),
-    _text("size", f"WIDTHxHEIGHT in pixels, multiples of 16, or one of {', '.join(SIZES)}; default wide."),
+    text_column("size", f"WIDTHxHEIGHT in pixels, multiples of 16, or one of {', '.join(SIZES)}; default wide."),
     _integer("num_frames", pa.int32(), f"Frames: 8k+1, 9 to {MAX_FRAMES}; default {MAX_FRAMES}."),
     _number("seconds", "Length instead of num_frames, rounded to the nearest allowed number of frames."),
     _integer("fps", pa.int32(), f"Frames per second, 1 to 60; default {DEFAULT_FPS}."),
     _integer("num_inference_steps", pa.int32(), f"Denoising steps, 1 to 1000; default {DEFAULT_STEPS}."),
     _number("guidance_scale", f"Classifier-free guidance, 1 to 30; default {DEFAULT_GUIDANCE:g}."),
-    _text("guidance_schedule", "published, constant or cosine; default published."),
-    _text("tier", "Quality tier: exact, high or fast; default exact."),
-    _text("consent_id", "The consent under which the person may be shown."),
+    text_column("guidance_schedule", "published, constant or cosine; default published."),
+    text_column("tier", "Quality tier: exact, high or fast; default exact."),
+    text_column("consent_id", "The consent under which the person may be shown."),
     _number("face_similarity", "Cosine similarity to the photo that the video must reach, -1 to 1; default no gate."),
     _integer("tries", pa.int32(), "Seeds that may be spent on reaching face_similarity, 1 to 16; default 1."),
     Column(
@@ -190,7 +191,7 @@ def read_manifest(
     """
     _request({"row_id": "defaults", "prompt": "defaults", "photo_bytes": b""}, defaults)
     data = path.read_bytes()
-    values = _column_values(data, path)
+    values = read_columns(data, path, COLUMNS, VERSION_KEY, _check_photo_columns)
     copies = Counter(values["row_id"])
     refused_ids: set[str] = set()
     requests: list[RenderRequest] = []
@@ -204,7 +205,7 @@ def read_manifest(
             requests.append(_checked_request(row, defaults, path.parent, policy, tiers_available, require_consent))
         except EchoVideoError as error:
             if row_id is None or not _is_row_id(row_id) or row_id in refused_ids:
-                row_id = _synthetic_id(index, copies)
+                row_id = synthetic_id(index, copies)
             refused_ids.add(row_id)
             # The message quotes the value, which may be a megabyte of text.
             reason = error.message if len(error.message) <= 1000 else error.message[:1000] + " ..."
@@ -243,7 +244,7 @@ def _checked_request(
 ) -> RenderRequest:
     for name, value in row.items():
         if isinstance(value, str):
-            _check_text(name, value)
+            check_text(name, value)
     if "photo_uri" in row:
         row["photo_uri"] = resolve_uri(row["photo_uri"], folder)
     request = _request(row, defaults)
@@ -292,7 +293,8 @@ def _num_frames(row: dict[str, Any], defaults: Defaults, fps: int) -> int:
     return MAX_FRAMES if num_frames is None else num_frames
 
 
-def _check_text(name: str, text: str) -> None:
+def check_text(name: str, text: str) -> None:
+    """Raise RequestError for a cell whose bytes were no UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -307,17 +309,33 @@ def _is_row_id(row_id: str) -> bool:
     return True
 
 
-def _synthetic_id(index: int, taken: Collection[str | None]) -> str:
+def synthetic_id(index: int, taken: Collection[str | None]) -> str:
+    """Return a name for row `index`, which has no usable one, that is not `taken`."""
     row_id = f"row-{index:06d}"
     while row_id in taken:
         row_id += "-refused"
     return row_id
 
 
-def _column_values(data: bytes, path: StoragePath) -> dict[str, list[Any]]:
+def _check_photo_columns(names: Collection[str]) -> list[str]:
+    there = {"photo_uri", "photo_bytes"} & set(names)
+    return [] if there else ["neither column 'photo_uri' nor 'photo_bytes' is there"]
+
+
+def read_columns(
+    data: bytes,
+    path: StoragePath,
+    columns: Sequence[Column],
+    version_key: bytes,
+    check: Callable[[Collection[str]], list[str]] = lambda names: [],
+) -> dict[str, list[Any]]:
+    """Return the cells of a manifest's Parquet file by column, bytes that are no UTF-8 as lone surrogates.
+
+    `check` returns what else is wrong with the columns' names. Raises ManifestError, naming all that is wrong.
+    """
     try:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        _check_schema(file.schema_arrow, path)
+        check_schema(file.schema_arrow, path, columns, version_key, check)
         table = file.read()
         return {name: _cells(table.column(name)) for name in table.column_names}
     except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError) as error:
@@ -340,21 +358,27 @@ def _cells(column: pa.ChunkedArray[Any]) -> list[Any]:
         return [None if cell is None else cell.decode(errors="surrogateescape") for cell in binary]
 
 
-def _check_schema(schema: pa.Schema, path: StoragePath) -> None:
-    version = (schema.metadata or {}).get(VERSION_KEY, b"1").decode(errors="replace")
+def check_schema(
+    schema: pa.Schema,
+    path: StoragePath,
+    columns: Sequence[Column],
+    version_key: bytes,
+    check: Callable[[Collection[str]], list[str]] = lambda names: [],
+) -> None:
+    """Raise ManifestError, naming all that is wrong, unless a manifest has this version and these columns."""
+    version = (schema.metadata or {}).get(version_key, b"1").decode(errors="replace")
     if version != str(MANIFEST_VERSION):
         raise ManifestError(
             f"{path} is a manifest of version {version}; this release reads version {MANIFEST_VERSION}. "
             "Upgrade, or write the manifest again."
         )
-    known = {column.name: column for column in COLUMNS}
+    known = {column.name: column for column in columns}
     problems = [
         f"required column {column.name!r} ({column.type}) is missing"
-        for column in COLUMNS
+        for column in columns
         if column.required and column.name not in schema.names
     ]
-    if not {"photo_uri", "photo_bytes"} & set(schema.names):
-        problems.append("neither column 'photo_uri' nor 'photo_bytes' is there")
+    problems += check(schema.names)
     for name, times in Counter(schema.names).items():
         if times > 1:
             problems.append(f"column {name!r} is there {times} times")

@@ -1,4 +1,4 @@
-"""Photos by address: local files, S3 objects and HTTPS, each only where the policy allows it."""
+"""Photos and footage by address: local files, S3 objects and HTTPS, each only where the policy allows it."""
 
 from __future__ import annotations
 
@@ -74,18 +74,28 @@ def read_photo(uri: str, policy: UriPolicy, options: StorageOptions, max_bytes: 
     check_uri(uri, policy)
     if uri.startswith("https://"):
         return fetch_https(uri, policy, max_bytes)
+    path = locate(uri, policy, options)
+    _check_size(uri, path.stat().num_bytes, max_bytes)
+    return path.read_bytes()
+
+
+def locate(uri: str, policy: UriPolicy, options: StorageOptions) -> StoragePath:
+    """Return the path of a local or s3:// file that the policy allows.
+
+    Raises StorageError `uri_not_allowed`, also for https, and `not_found` for a local file.
+    """
+    check_uri(uri, policy)
+    if uri.startswith("https://"):
+        _refuse(uri, "it is neither a local file nor s3://")
     if uri.startswith("s3://"):
-        path = StoragePath.parse(uri, options)
-        _check_size(uri, path.stat().num_bytes, max_bytes)
-        return path.read_bytes()
+        return StoragePath.parse(uri, options)
     local = _allowed_file(uri, policy)
     path = StoragePath.parse(str(local))
-    size = path.stat().num_bytes
+    path.stat()
     # A device or a pipe has no size to check and may never end.
     if not local.is_file():
         _refuse(uri, "it is not a regular file")
-    _check_size(uri, size, max_bytes)
-    return path.read_bytes()
+    return path
 
 
 def fetch_https(
@@ -201,4 +211,4 @@ def _check_size(uri: str, num_bytes: int, max_bytes: int) -> None:
 
 
 def _refuse(uri: str, reason: str) -> None:
-    raise StorageError(f"photo address {uri!r} is not allowed: {reason}", code="uri_not_allowed")
+    raise StorageError(f"address {uri!r} is not allowed: {reason}", code="uri_not_allowed")

@@ -294,9 +294,9 @@ def render_report(view: RunView) -> str:
     those without a video come first and the page says how many are not shown.
     """
     counts = Counter(kind_of(row.outcome) for row in view.rows)
-    css = _resource("report.css")
+    css = resource("report.css")
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        _resource("report.html.j2")
+        resource("report.html.j2")
     )
     shown = _shown(view.rows)
     started, finished = datetime.fromisoformat(view.started), datetime.fromisoformat(view.finished)
@@ -315,7 +315,8 @@ def render_report(view: RunView) -> str:
     )
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """Return the text of a file of `templates/`."""
     return (files("pipelines") / "templates" / name).read_text()
 
 
@@ -388,9 +389,9 @@ def _cards(rows: Sequence[RowView]) -> Iterable[dict[str, Any]]:
     for index, row in enumerate(rows):
         card = _card(row)
         images = {
-            "photo": _picture(row.photo, _THUMBNAIL_SIDE),
-            "face": _picture(row.face, _THUMBNAIL_SIDE),
-            "poster": _picture(row.poster, _POSTER_SIDE),
+            "photo": picture_uri(row.photo, _THUMBNAIL_SIDE),
+            "face": picture_uri(row.face, _THUMBNAIL_SIDE),
+            "poster": picture_uri(row.poster, _POSTER_SIDE),
         }
         size = sum(len(image) for image in images.values() if image is not None)
         if spent + size <= MAX_EMBEDDED_BYTES:
@@ -462,7 +463,8 @@ def _facts(outcome: RowOutcome) -> list[tuple[str, str]]:
     return facts
 
 
-def _picture(content: bytes | None, max_side: int) -> str | None:
+def picture_uri(content: bytes | None, max_side: int) -> str | None:
+    """Return a picture as a data: address of a JPEG at most `max_side` pixels long; None where there is none."""
     if content is None:
         return None
     with Image.open(io.BytesIO(content)) as image:

@@ -45,7 +45,7 @@ def drive(config: RunConfig, stages: Sequence[type[Stage]] = STAGES) -> dict[str
             ledger.commit(refusal.outcome(), epoch.number)
         remaining = set(ledger.remaining(request.row_id for request in manifest.requests))
         if remaining:
-            _start_ray(config)
+            start_ray(config.ray_address)
             check_resources(tuple(config.stages().values()), ray.cluster_resources())
             requests = [request for request in manifest.requests if request.row_id in remaining]
             for outcome in graph.outcomes(requests, config, epoch.number, stages):
@@ -54,13 +54,14 @@ def drive(config: RunConfig, stages: Sequence[type[Stage]] = STAGES) -> dict[str
     return ledger.counts()
 
 
-def _start_ray(config: RunConfig) -> None:
+def start_ray(address: str) -> None:
+    """Start ("local") or join the Ray at an address, unless this process has one already."""
     if ray.is_initialized():
         return
     ray.init(
-        address=config.ray_address,
+        address=address,
         log_to_driver=False,
-        include_dashboard=False if config.ray_address == "local" else None,
+        include_dashboard=False if address == "local" else None,
     )
 
 

@@ -115,10 +115,21 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class FrameFace:
-    """The largest face of one frame: `embedding` float32 (width,), `box` left, top, right, bottom in pixels."""
+    """One face of a frame: `embedding` float32 (width,), `box` left, top, right, bottom, `landmarks` float32 (5, 2).
+
+    Box and landmarks (eyes, nose, mouth corners) are in pixels, `score` is the detector's, 0 to 1.
+    """
 
     embedding: NDArray[np.float32]
     box: tuple[float, float, float, float]
+    landmarks: NDArray[np.float32]
+    score: float
+
+    @property
+    def sides(self) -> tuple[float, float]:
+        """Width and height of the box in pixels."""
+        left, top, right, bottom = self.box
+        return right - left, bottom - top
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,32 +164,31 @@ class FaceAnalyzer:
         self._check_count(face_px, policy)
 
         chosen = int(sides.prod(axis=1).argmax())
-        if face_px[chosen] < self.limits.min_face_px:
-            raise PhotoRefusedError(
-                f"the face is {face_px[chosen]:.0f} px wide; {self.limits.min_face_px:.0f} are needed. "
-                "Use a larger photo or crop closer before scaling down",
-                code="too_small",
-                numbers={
-                    "face_px": float(face_px[chosen]),
-                    "min_face_px": self.limits.min_face_px,
-                },
-            )
         crop = recognition_crop(reduced, points[chosen])
-        quality = FaceQuality(
-            detection_score=float(boxes[chosen, 4]),
-            face_px=float(face_px[chosen]),
-            sharpness=sharpness(crop),
-            yaw_degrees=yaw_degrees(points[chosen]),
-        )
-        self._check_quality(quality)
-        aligned = align_face(reduced, points[chosen])
+        quality = self._checked_quality(crop, points[chosen], float(boxes[chosen, 4]), float(face_px[chosen]))
         return Identity(
-            face_image=aligned * self.pack.parser.mask(aligned)[:, :, None],
+            face_image=self._masked(reduced, points[chosen]),
             embedding=self._embed([crop])[0],
             box=_box(boxes[chosen, :4] * np.tile(to_photo, 2)),
             landmarks=points[chosen] * to_photo,
             quality=quality,
             photo_sha256=hashlib.sha256(photo).hexdigest(),
+            pack=self.pack.name,
+        )
+
+    def identify(self, frame: NDArray[np.uint8], face: FrameFace, photo_sha256: str) -> Identity:
+        """Return the identity of a face that `find_faces` found in an RGB frame (H, W, 3).
+
+        Raises PhotoRefusedError `too_small`, `face_turned` or `blurred`, as `analyze` does for a photo.
+        """
+        crop = recognition_crop(frame, face.landmarks)
+        return Identity(
+            face_image=self._masked(frame, face.landmarks),
+            embedding=face.embedding,
+            box=face.box,
+            landmarks=face.landmarks,
+            quality=self._checked_quality(crop, face.landmarks, face.score, min(face.sides)),
+            photo_sha256=photo_sha256,
             pack=self.pack.name,
         )
 
@@ -196,19 +206,30 @@ class FaceAnalyzer:
 
     def analyze_frames(self, frames: NDArray[np.uint8]) -> list[FrameFace | None]:
         """Return the largest face of each RGB frame of (F, H, W, 3), None where there is none."""
+        return [next(iter(faces), None) for faces in self._frame_faces(frames, 1)]
+
+    def find_faces(self, frames: NDArray[np.uint8]) -> list[tuple[FrameFace, ...]]:
+        """Return all faces of each RGB frame of (F, H, W, 3), largest first."""
+        return self._frame_faces(frames, None)
+
+    def _frame_faces(self, frames: NDArray[np.uint8], most: int | None) -> list[tuple[FrameFace, ...]]:
+        """Return up to `most` of each frame's faces, largest first."""
         assert frames.ndim == 4
         assert frames.dtype == np.uint8
         crops: list[NDArray[np.uint8]] = []
-        found: list[tuple[float, float, float, float] | None] = []
+        found: list[list[tuple[NDArray[np.float32], NDArray[np.float32]]]] = []
         for frame, (boxes, points) in zip(frames, self._detect_frames(frames), strict=True):
-            if len(boxes) == 0:
-                found.append(None)
-                continue
-            largest = int((boxes[:, 2:4] - boxes[:, :2]).prod(axis=1).argmax())
-            found.append(_box(boxes[largest, :4]))
-            crops.append(recognition_crop(frame, points[largest]))
+            largest = np.argsort(-(boxes[:, 2:4] - boxes[:, :2]).prod(axis=1), kind="stable")[:most]
+            found.append([(boxes[at], points[at]) for at in largest])
+            crops += [recognition_crop(frame, points[at]) for at in largest]
         embeddings = iter(self._embed(crops)) if crops else iter(())
-        return [None if box is None else FrameFace(embedding=next(embeddings), box=box) for box in found]
+        return [
+            tuple(
+                FrameFace(embedding=next(embeddings), box=_box(box[:4]), landmarks=points, score=float(box[4]))
+                for box, points in faces
+            )
+            for faces in found
+        ]
 
     def _detect_frames(self, frames: NDArray[np.uint8]) -> list[Detections]:
         if isinstance(self.pack.detector, MtcnnDetector):
@@ -235,7 +256,26 @@ class FaceAnalyzer:
                 numbers={"faces": usable},
             )
 
-    def _check_quality(self, quality: FaceQuality) -> None:
+    def _masked(self, image: NDArray[np.uint8], points: NDArray[np.float32]) -> NDArray[np.uint8]:
+        aligned = align_face(image, points)
+        return aligned * self.pack.parser.mask(aligned)[:, :, None]
+
+    def _checked_quality(
+        self, crop: NDArray[np.uint8], points: NDArray[np.float32], score: float, face_px: float
+    ) -> FaceQuality:
+        if face_px < self.limits.min_face_px:
+            raise PhotoRefusedError(
+                f"the face is {face_px:.0f} px wide; {self.limits.min_face_px:.0f} are needed. "
+                "Use a larger photo or crop closer before scaling down",
+                code="too_small",
+                numbers={
+                    "face_px": face_px,
+                    "min_face_px": self.limits.min_face_px,
+                },
+            )
+        quality = FaceQuality(
+            detection_score=score, face_px=face_px, sharpness=sharpness(crop), yaw_degrees=yaw_degrees(points)
+        )
         if abs(quality.yaw_degrees) > self.limits.max_yaw_degrees:
             raise PhotoRefusedError(
                 f"the face is turned about {abs(quality.yaw_degrees):.0f} degrees away; at most "
@@ -256,6 +296,7 @@ class FaceAnalyzer:
                     "min_sharpness": self.limits.min_sharpness,
                 },
             )
+        return quality
 
 
 def compare(identity: Identity, faces: Sequence[FrameFace | None]) -> FaceScore:
@@ -283,12 +324,17 @@ def similarity(pack: str, first: NDArray[np.float32], second: NDArray[np.float32
     return float(first @ second / (np.linalg.norm(first) * np.linalg.norm(second)))
 
 
+def alignment(points: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the similarity (2, 3) from an image's pixels to the aligned face's, from five points (5, 2)."""
+    matrix, _ = cv2.estimateAffinePartial2D(points, np.array(ALIGNED_POINTS, dtype=np.float32), method=cv2.LMEDS)
+    return np.asarray(matrix, dtype=np.float64)
+
+
 def align_face(image: NDArray[np.uint8], points: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Return the (512, 512, 3) face that the similarity from five points (5, 2) cuts from an (H, W, 3) RGB image."""
-    matrix, _ = cv2.estimateAffinePartial2D(points, np.array(ALIGNED_POINTS, dtype=np.float32), method=cv2.LMEDS)
     aligned = cv2.warpAffine(
         image,
-        matrix,
+        alignment(points),
         (FACE_SIDE, FACE_SIDE),
         borderMode=cv2.BORDER_CONSTANT,
         borderValue=_OUTSIDE,

@@ -70,16 +70,20 @@ def open_pack(folder: Path) -> FacePack:
     )
 
 
+def pack_name(folder: Path) -> str:
+    """Return the name of the pack that `open_pack` would load, without loading it; raises WeightsError as it does."""
+    if (folder / _PRODUCTION_FOLDER).is_dir():
+        return _digest_name(PRODUCTION_KIND, _production_files(folder))
+    return _digest_name(EMBEDDED_KIND, _embedded_files(folder))
+
+
 def embedded_pack(folder: Path) -> FacePack:
     """Load the embedded nets on CPU: MTCNN, `folder`/recogniser.onnx (see export_recogniser) and the mesh parser."""
-    recogniser = folder / _EMBEDDED_RECOGNISER
-    _check_files([recogniser])
+    files = _embedded_files(folder)
+    recogniser = files[0]
     session = onnxruntime.InferenceSession(str(recogniser), providers=["CPUExecutionProvider"])
-    weights = Path(__file__).parent / "weights"
-    shipped = sorted([*weights.glob("*.safetensors"), *weights.glob("*.tflite")])
-    assert len(shipped) == 3
     return FacePack(
-        name=_pack_name(EMBEDDED_KIND, [recogniser, *shipped]),
+        name=_digest_name(EMBEDDED_KIND, files),
         detector=MtcnnDetector(),
         recogniser=ArcFaceONNX(str(recogniser), session),
         parser=MeshParser(),
@@ -92,8 +96,7 @@ def production_pack(folder: Path) -> FacePack:
     They run on CUDA where onnxruntime (detector, recogniser) or torch (parser) was installed with it, else on CPU.
     Raises WeightsError naming a missing file, RunError if onnxruntime's CUDA does not start.
     """
-    files = [folder / name for name in (_PRODUCTION_DETECTOR, _PRODUCTION_RECOGNISER, _PRODUCTION_PARSER)]
-    _check_files(files)
+    files = _production_files(folder)
     cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     analysis = FaceAnalysis(
         name=str(folder / _PRODUCTION_FOLDER),
@@ -110,20 +113,32 @@ def production_pack(folder: Path) -> FacePack:
             code="accelerator",
         )
     return FacePack(
-        name=_pack_name(PRODUCTION_KIND, files),
+        name=_digest_name(PRODUCTION_KIND, files),
         detector=analysis.det_model,
         recogniser=recogniser,
         parser=BiSeNetParser(folder / _PRODUCTION_PARSER, "cuda" if torch.cuda.is_available() else "cpu"),
     )
 
 
-def _check_files(paths: Sequence[Path]) -> None:
+def _embedded_files(folder: Path) -> list[Path]:
+    weights = Path(__file__).parent / "weights"
+    shipped = sorted([*weights.glob("*.safetensors"), *weights.glob("*.tflite")])
+    assert len(shipped) == 3
+    return _checked([folder / _EMBEDDED_RECOGNISER, *shipped])
+
+
+def _production_files(folder: Path) -> list[Path]:
+    return _checked([folder / name for name in (_PRODUCTION_DETECTOR, _PRODUCTION_RECOGNISER, _PRODUCTION_PARSER)])
+
+
+def _checked(paths: list[Path]) -> list[Path]:
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise WeightsError(f"face nets missing: {', '.join(missing)}")
+    return paths
 
 
-def _pack_name(kind: str, paths: Sequence[Path]) -> str:
+def _digest_name(kind: str, paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

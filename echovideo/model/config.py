@@ -30,7 +30,7 @@ class TransformerConfig:
     """Sizes of an EchoVideoTransformer3DModel; keys as in the published `transformer/config.json`.
 
     The `resampler_*` sizes are constants of the published class and config here. `sample_*` are the training
-    size in latent cells and frames, kept because the checkpoint carries them: no computation reads them.
+    size in latent cells and frames: no computation of the model reads them, the choice of training sizes does.
     """
 
     num_attention_heads: int = 48

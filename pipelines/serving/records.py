@@ -121,7 +121,7 @@ class TenantStore:
         return self.ledger.folder / "removed" / video_id
 
     def picture_path(self, kind: str, video_id: str) -> StoragePath:
-        """Where a stage keeps one of a request's small pictures, a kind of `ledger.PICTURES`."""
+        """Where a stage keeps one of a request's small pictures, a kind of `Ledger.pictures`."""
         return self.ledger.folder / kind / f"{video_id}.jpg"
 
     def accept(self, record: VideoRecord, photo: bytes | None) -> VideoRecord:

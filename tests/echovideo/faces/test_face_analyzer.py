@@ -248,7 +248,10 @@ def test_compare_without_a_face_is_a_strangers_similarity(identities: Mapping[st
 
 def test_compare_is_the_mean_over_frames_with_a_face(identities: Mapping[str, Identity]) -> None:
     identity, other = identities["obama"], identities["biden"]
-    faces = [FrameFace(embedding=person.embedding, box=person.box) for person in (identity, other)]
+    faces = [
+        FrameFace(embedding=person.embedding, box=person.box, landmarks=person.landmarks, score=1.0)
+        for person in (identity, other)
+    ]
     expected = (1 + similarity(identity.pack, identity.embedding, other.embedding)) / 2
     assert compare(identity, [*faces, None]).similarity == pytest.approx(expected)
 
