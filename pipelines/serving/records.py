@@ -70,6 +70,14 @@ class VideoRecord:
         }
         return hashlib.sha256(encode_json(asked)).hexdigest()
 
+    def check_repeats(self, earlier: VideoRecord) -> None:
+        """Raise RequestError `idempotency_mismatch` unless the record of the same id before asked for the same."""
+        if self.fingerprint != earlier.fingerprint:
+            raise RequestError(
+                "this Idempotency-Key came with another request before; use a new key for a new request",
+                code="idempotency_mismatch",
+            )
+
     def to_record(self) -> dict[str, Any]:
         """Return the record as a JSON-able dict."""
         assert self.request.photo_bytes is None
@@ -136,11 +144,7 @@ class TenantStore:
         if path.write_json_if_absent(record.to_record()):
             return record
         earlier = VideoRecord.from_record(path.read_json())
-        if earlier.fingerprint != record.fingerprint:
-            raise RequestError(
-                "this Idempotency-Key came with another request before; use a new key for a new request",
-                code="idempotency_mismatch",
-            )
+        record.check_repeats(earlier)
         return earlier
 
 

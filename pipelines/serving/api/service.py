@@ -73,7 +73,7 @@ class Service:
         return self.access.caller_of_session(session) if session else None
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:
     """Return the service that the application was made with."""
     service: Service = request.app.state.service
     return service

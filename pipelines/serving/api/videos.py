@@ -332,7 +332,7 @@ async def _accept(
     *,
     remixed_from: str | None = None,
 ) -> Any:
-    """Let a request in, write its record, and have it queued."""
+    """Have a request let in, written and queued."""
     tenant = caller.key.tenant
     video_id = new_video_id(tenant, idempotency_key)
     record = VideoRecord(
@@ -344,13 +344,7 @@ async def _accept(
         nonce=secrets.token_hex(8),
         remixed_from=remixed_from,
     )
-    await service.ask("admit", tenant, caller.key, video_id, photo_sha256)
-    try:
-        stands = await asyncio.to_thread(TenantStore(service.config, tenant).accept, record, photo)
-    except Exception:
-        await service.ask("forget_admission", tenant, video_id)
-        raise
-    return await service.ask("enqueue", stands)
+    return await service.ask("accept", record, caller.key, photo)
 
 
 def _render_request(asked: VideoCreate) -> RenderRequest:
