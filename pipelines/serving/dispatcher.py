@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -87,6 +87,9 @@ class Bucket:
     tokens: float
     filled_at: float
 
+
+Found = tuple[VideoRecord, dict[str, Any], RowOutcome | None]
+"""A request's record, its video document, and its outcome if it has ended."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -169,10 +172,10 @@ class Dispatcher:
         return self._over_rate(key) or True
 
     @_once_ready
-    async def video(self, tenant: str, video_id: str) -> tuple[VideoRecord, dict[str, Any], RowOutcome | None] | None:
-        """Return a request's record, how it stands and its outcome; None if the tenant has no such video."""
-        entry = self._tenant(tenant).entries.get(video_id)
-        return None if entry is None else (entry.record, self._view(entry), entry.outcome)
+    async def find(self, names: Sequence[tuple[str, str]]) -> list[Found | None]:
+        """Return each (tenant, video id)'s record, how it stands and its outcome; None where there is no such video."""
+        entries = [self._tenant(tenant).entries.get(video_id) for tenant, video_id in names]
+        return [None if entry is None else (entry.record, self._view(entry), entry.outcome) for entry in entries]
 
     @_once_ready
     async def videos(

@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from pipelines.serving.access import Access, Caller, Scope
 from pipelines.serving.api.problems import ProblemError, retry_after
 from pipelines.serving.config import ServiceConfig
-from pipelines.serving.dispatcher import Refused
+from pipelines.serving.dispatcher import Found, Refused
 
 COOKIE = "echovideo_session"
 CSRF_HEADER = "X-CSRF-Token"
@@ -39,10 +39,32 @@ class Service:
         self._dispatcher = dispatcher
         self._faces = faces
         self._callers: dict[bytes, tuple[float, Caller | None]] = {}
+        self._wanted: dict[tuple[str, str], asyncio.Future[Found | None]] = {}
+        self._finding: asyncio.Task[None] | None = None
 
     async def ask(self, method: str, *args: Any, within_s: float = _ANSWER_S) -> Any:
         """Return the dispatcher's answer; raises ProblemError where it refuses, or does not answer."""
         return await _answer(getattr(self._dispatcher, method).remote(*args), within_s)
+
+    async def find(self, tenant: str, video_id: str) -> Found | None:
+        """Return a video, None if the tenant has none of that id; all that are wanted meanwhile share the next call."""
+        found = self._wanted.setdefault((tenant, video_id), asyncio.get_running_loop().create_future())
+        if self._finding is None or self._finding.done():
+            self._finding = asyncio.create_task(self._find_wanted())
+        return await asyncio.shield(found)
+
+    async def _find_wanted(self) -> None:
+        while self._wanted:
+            wanted, self._wanted = self._wanted, {}
+            try:
+                answers = await self.ask("find", list(wanted))
+            except Exception as error:
+                # Each caller is told, and answers for itself.
+                for future in wanted.values():
+                    future.set_exception(error)
+            else:
+                for future, answer in zip(wanted.values(), answers, strict=True):
+                    future.set_result(answer)
 
     async def check_face(self, photo: bytes) -> dict[str, Any]:
         """Return the identity document of a cleaned photo."""

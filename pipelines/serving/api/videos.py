@@ -39,6 +39,7 @@ from pipelines.serving.api.schemas import (
     VideosDeleted,
 )
 from pipelines.serving.api.service import Admin, Maker, Reader, Service, ServiceHere, needs
+from pipelines.serving.dispatcher import Found
 from pipelines.serving.photos import clean_photo, data_url, photo_of_text
 from pipelines.serving.records import TenantStore, VideoRecord, new_video_id
 from pipelines.storage import StoragePath
@@ -311,12 +312,8 @@ async def estimate(
     return await service.ask("estimate", wanted)
 
 
-async def _find(
-    service: Service, caller: Caller, video_id: str
-) -> tuple[VideoRecord, dict[str, Any], RowOutcome | None]:
-    found: tuple[VideoRecord, dict[str, Any], RowOutcome | None] | None = await service.ask(
-        "video", caller.key.tenant, video_id
-    )
+async def _find(service: Service, caller: Caller, video_id: str) -> Found:
+    found = await service.find(caller.key.tenant, video_id)
     if found is None:
         raise not_found(f"video {video_id}")
     return found

@@ -137,7 +137,7 @@ def measure_accept(bench: Bench) -> Iterator[Row]:
 
 
 def measure_watch(bench: Bench) -> Iterator[Row]:
-    """1,000 pollers every 5 s and 200 event streams for 30 s, half of them on the video that is being rendered."""
+    """1,000 pollers every 5 s and 200 event streams for 30 s, on 100 videos of which two are being rendered."""
     key = bench.key("watch")
     with bench.client(key) as client:
         videos = [bench.post(client, seed=seed, num_inference_steps=100, tags='{"step_s": "1"}') for seed in range(100)]
@@ -151,10 +151,12 @@ def measure_watch(bench: Bench) -> Iterator[Row]:
     yield Row(name="poll", metric="rate", value=stats["poll"]["num_requests"] / (_WINDOW_S + 5), unit="requests/s")
     yield Row(name="poll", metric="errors", value=stats["poll"]["num_failures"], unit="", floor=0)
     streams, events = stats["first event"], stats["event"]["num_requests"]
+    # Streams that are still open at the end have no entry of their own.
+    broken = stats["watch"]["num_failures"] if "watch" in stats else 0
     yield Row(name="events", metric="streams", value=streams["num_requests"], unit="")
     yield Row(name="events", metric="p99 to the first event", value=percentile(streams, 0.99), unit="ms")
     yield Row(name="events", metric="events", value=events + streams["num_requests"], unit="")
-    yield Row(name="events", metric="errors", value=stats["watch"]["num_failures"], unit="", floor=0)
+    yield Row(name="events", metric="errors", value=broken, unit="", floor=0)
     yield Row(name="poll", metric="load average before", value=load, unit="")
 
 

@@ -126,11 +126,10 @@ class Poller(_Client):
 
 
 class Watcher(_Client):
-    """Follows a video's events for as long as there are any; every other one the video that is being rendered."""
+    """Follows a video's events for as long as there are any."""
 
     def on_start(self) -> None:
-        number = next(_numbers)
-        self.video_id = _plan["videos"][0 if number % 2 else number % len(_plan["videos"])]
+        self.video_id = _plan["videos"][next(_numbers) % len(_plan["videos"])]
         self.begin_at_random(5)
 
     @task
