@@ -90,7 +90,9 @@ class Bench:
         ]
         command += ["--headless", "--users", str(total), "--spawn-rate", str(total), "--run-time", f"{seconds}s"]
         command += ["--stop-timeout", "0", "--only-summary", "--exit-code-on-error", "0", "--host", self.service.url]
-        subprocess.run([*command, "--json-file", str(stats), "--plan", str(plan_path)], check=True, stdout=sys.stderr)
+        command += ["--json-file", str(stats), "--plan", str(plan_path)]
+        # Locust listens to the keyboard where there is one.
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=sys.stderr)
         return {entry["name"]: entry for entry in json.loads(stats.with_suffix(".json").read_text())}
 
     @contextmanager
@@ -365,13 +367,13 @@ def main() -> None:
     parser.add_argument("measurement", nargs="*", choices=[[], *MEASUREMENTS], help="default: all of them")
     parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
     asked = parser.parse_args()
-    rows: list[Row] = []
     for name in asked.measurement or MEASUREMENTS:
+        rows: list[Row] = []
         with tempfile.TemporaryDirectory(prefix="echovideo-bench-") as folder:
             for row in measure(name, Path(folder)):
                 rows.append(row)
                 print(f"{row.name:8} {row.metric:26} {row.value:12.1f} {row.unit}", flush=True)
-    write(rows, asked.out)
+        write(rows, asked.out)
 
 
 def measure(name: str, folder: Path) -> Iterator[Row]:
