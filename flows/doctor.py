@@ -24,6 +24,7 @@ from echovideo.faces.mtcnn import MtcnnDetector
 from echovideo.faces.parsing import MeshParser
 from echovideo.faces.recogniser import load_recogniser
 from echovideo.model.card import TINY, read_card
+from echovideo_kernels import dispatch
 
 CheckStatus = Literal["ok", "warning", "missing", "absent"]
 
@@ -55,6 +56,7 @@ def checks(models: Path) -> Iterator[Check]:
     yield _gpu()
     yield _onnxruntime(gpus)
     yield _triton(gpus)
+    yield from _kernels(gpus)
     for package in ("ray", "prefect"):
         yield Check(name=package.capitalize(), status="ok", found=version(package))
     yield _h264()
@@ -106,6 +108,25 @@ def _triton(gpus: bool) -> Check:
     if gpus:
         return Check(name="Triton", status="missing", found="not installed", advice="pip install triton")
     return Check(name="Triton", status="absent", found="not installed", advice="only GPU kernels need it")
+
+
+def _kernels(gpus: bool) -> Iterator[Check]:
+    if not gpus:
+        yield Check(name="kernels", status="absent", found="PyTorch's own: no CUDA GPU")
+        return
+    major, minor = torch.cuda.get_device_capability(0)
+    chip = dispatch.table().get(f"sm_{major}{minor}")
+    if chip is None or importlib.util.find_spec("triton") is None:
+        reason = "no Triton" if chip else f"none measured on sm_{major}{minor}"
+        yield Check(name="kernels", status="warning", found=f"PyTorch's own: {reason}", advice="renders, but slower")
+        return
+    for operator, settings in chip["operators"].items():
+        tuned = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "from_tokens")
+        yield Check(
+            name=f"kernel {operator}",
+            status="ok",
+            found=f"from {settings['from_tokens']} tokens; {tuned}, measured on {chip['measured_on']}",
+        )
 
 
 def _h264() -> Check:

@@ -38,11 +38,3 @@ def _fitted_region(height: int, width: int) -> tuple[tuple[int, int], tuple[int,
         fitted_height, fitted_width = round(base_width / width * height), base_width
     top, left = round((base_height - fitted_height) / 2), round((base_width - fitted_width) / 2)
     return (top, left), (top + fitted_height, left + fitted_width)
-
-
-def apply_rotary(x_BNHD: torch.Tensor, cos_ND: torch.Tensor, sin_ND: torch.Tensor) -> torch.Tensor:
-    """Rotate neighbouring feature pairs of x_BNHD by the tables' angles, computed in float32."""
-    x = x_BNHD.float()
-    pairs = x.unflatten(-1, (-1, 2))
-    turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
-    return (x * cos_ND[:, None] + turned * sin_ND[:, None]).to(x_BNHD.dtype)

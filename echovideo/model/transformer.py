@@ -17,25 +17,34 @@ from torch import nn
 
 from echovideo.model.config import TransformerConfig
 from echovideo.model.fusion import IdentityImageTextFusion
-from echovideo.model.rotary import apply_rotary
-from echovideo_kernels import attention
+from echovideo_kernels import (
+    FOLDED_SCALE,
+    attention,
+    folded_query_scale,
+    linear_gelu,
+    modulated_norm,
+    modulated_norm_,
+    qk_norm_rope,
+    qk_norm_rope_,
+)
 
 
 class PatchEmbed(nn.Module):
-    """Embeds text tokens and the latents' patches into the hidden width."""
+    """Embeds text tokens and the latents' patches into the hidden width, as one joint sequence."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.proj = nn.Conv2d(config.in_channels, config.inner_dim, config.patch_size, config.patch_size)
         self.text_proj = nn.Linear(config.text_embed_dim, config.inner_dim)
 
-    def forward(self, text_BND: torch.Tensor, latents_BFCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, text_BND: torch.Tensor, latents_BFCHW: torch.Tensor) -> torch.Tensor:
         patches = self.proj(latents_BFCHW.flatten(0, 1)).flatten(2).transpose(1, 2)
-        return self.text_proj(text_BND), patches.unflatten(0, latents_BFCHW.shape[:2]).flatten(1, 2)
+        patches = patches.unflatten(0, latents_BFCHW.shape[:2]).flatten(1, 2)
+        return torch.cat([self.text_proj(text_BND), patches], dim=1)
 
 
 class ModulatedNorm(nn.Module):
-    """LayerNorm whose shift, scale and the branch's gate come from the timestep, apart for video and text."""
+    """LayerNorm whose shift, scale and the next branch's gate come from the timestep, apart for video and text."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -43,13 +52,31 @@ class ModulatedNorm(nn.Module):
         self.norm = nn.LayerNorm(config.inner_dim, eps=config.norm_eps)
 
     def forward(
-        self, video_BND: torch.Tensor, text_BND: torch.Tensor, time_BD: torch.Tensor
+        self,
+        x_BND: torch.Tensor,
+        branch_BND: torch.Tensor | None,
+        gate_B2D: torch.Tensor | None,
+        time_BD: torch.Tensor,
+        num_text: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the joint normed tokens (text first) and the gates of video and text, each (B, 1, D)."""
-        shift, scale, gate, text_shift, text_scale, text_gate = self.linear(F.silu(time_BD))[:, None].chunk(6, dim=-1)
-        video = self.norm(video_BND) * (1 + scale) + shift
-        text = self.norm(text_BND) * (1 + text_scale) + text_shift
-        return torch.cat([text, video], dim=1), gate, text_gate
+        """Return x + gate * branch, its normed and modulated tokens, and the gate of the branch they will make.
+
+        Gates hold the video's at index 0, the text's at 1. Without gradients the sum takes the place of x in memory.
+        """
+        shift, scale, gate = self.linear(F.silu(time_BD)).unflatten(-1, (2, 3, -1)).unbind(2)
+        norm = modulated_norm if torch.is_grad_enabled() else modulated_norm_
+        x, y = norm(
+            x_BND,
+            shift,
+            scale,
+            self.norm.weight,
+            self.norm.bias,
+            branch_BND,
+            gate_B2D,
+            num_text=num_text,
+            eps=self.norm.eps,
+        )
+        return x, y, gate
 
 
 class JointAttention(nn.Module):
@@ -58,6 +85,7 @@ class JointAttention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
+        self.q_scale = folded_query_scale(config.attention_head_dim)
         dim = config.inner_dim
         self.norm_q = nn.LayerNorm(config.attention_head_dim, eps=1e-6)
         self.norm_k = nn.LayerNorm(config.attention_head_dim, eps=1e-6)
@@ -66,19 +94,22 @@ class JointAttention(nn.Module):
         self.to_v = nn.Linear(dim, dim, bias=config.attention_bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def forward(self, x_BND: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    def forward(self, x_BND: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         q, k, v = (proj(x_BND).unflatten(-1, (self.num_heads, -1)) for proj in (self.to_q, self.to_k, self.to_v))
-        q, k = self.norm_q(q), self.norm_k(k)
-        if rotary is not None:
-            q, k = _rotate_video(q, *rotary), _rotate_video(k, *rotary)
-        out: torch.Tensor = self.to_out[0](attention(q, k, v).flatten(2))
+        norm_rope = qk_norm_rope if torch.is_grad_enabled() else qk_norm_rope_
+        q, k = norm_rope(
+            q,
+            k,
+            self.norm_q.weight,
+            self.norm_q.bias,
+            self.norm_k.weight,
+            self.norm_k.bias,
+            *rotary,
+            q_scale=self.q_scale,
+            eps=self.norm_q.eps,
+        )
+        out: torch.Tensor = self.to_out[0](attention(q, k, v, FOLDED_SCALE).flatten(2))
         return out
-
-
-def _rotate_video(x_BNHD: torch.Tensor, cos_ND: torch.Tensor, sin_ND: torch.Tensor) -> torch.Tensor:
-    num_text = x_BNHD.shape[1] - len(cos_ND)
-    text, video = x_BNHD[:, :num_text], x_BNHD[:, num_text:]
-    return torch.cat([text, apply_rotary(video, cos_ND, sin_ND)], dim=1)
 
 
 class _GeluProjection(nn.Module):
@@ -87,7 +118,7 @@ class _GeluProjection(nn.Module):
         self.proj = nn.Linear(dim, 4 * dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+        return linear_gelu(x, self.proj.weight, self.proj.bias)
 
 
 class FeedForward(nn.Module):
@@ -104,7 +135,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Modulated joint attention, then modulated feed-forward, each gated onto its residual."""
+    """Modulated joint attention, then modulated feed-forward; each is gated onto the residual by the next norm."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -115,18 +146,20 @@ class TransformerBlock(nn.Module):
 
     def forward(
         self,
-        video_BND: torch.Tensor,
-        text_BND: torch.Tensor,
+        x_BND: torch.Tensor,
+        branch_BND: torch.Tensor | None,
+        gate_B2D: torch.Tensor | None,
         time_BD: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        num_text = text_BND.shape[1]
-        joint, gate, text_gate = self.norm1(video_BND, text_BND, time_BD)
-        joint = self.attn1(joint, rotary)
-        video, text = video_BND + gate * joint[:, num_text:], text_BND + text_gate * joint[:, :num_text]
-        joint, gate, text_gate = self.norm2(video, text, time_BD)
-        joint = self.ff(joint)
-        return video + gate * joint[:, num_text:], text + text_gate * joint[:, :num_text]
+        rotary: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Take and return the residual stream as x, branch and gate, whose sum x + gate * branch is still to be made.
+
+        The video's tokens come last, as many as `rotary` has rows. Without gradients x's memory is written to.
+        """
+        num_text = x_BND.shape[1] - len(rotary[0])
+        x, y, gate = self.norm1(x_BND, branch_BND, gate_B2D, time_BD, num_text)
+        x, y, gate = self.norm2(x, self.attn1(y, rotary), gate, time_BD, num_text)
+        return x, self.ff(y), gate
 
 
 class OutputNorm(nn.Module):
@@ -169,21 +202,27 @@ class EchoVideoTransformer3DModel(IdentityImageTextFusion):
         hidden_states: torch.Tensor,
         condition: torch.Tensor,
         timestep: torch.Tensor,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         """Return the predicted velocity (B, F, out_channels, h, w).
 
         Takes latents (B, F, in_channels, h, w), `fuse`'s condition (B, 226, text_dim), integer timesteps (B,) and
-        `rotary_tables` of the patch grid. h and w are even.
+        `rotary_tables` of the patch grid. h and w are even. Raises ValueError for tables of another grid.
         """
         batch, num_frames, _, height, width = hidden_states.shape
         p = self.config.patch_size
         time = get_timestep_embedding(timestep, self.config.inner_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
         time = self.time_embedding(time.to(hidden_states.dtype))
-        text, video = self.patch_embed(condition, hidden_states)
+        x = self.patch_embed(condition, hidden_states)
+        num_video = x.shape[1] - condition.shape[1]
+        if len(image_rotary_emb[0]) != num_video:
+            raise ValueError(f"rotary tables of {len(image_rotary_emb[0])} tokens for a video of {num_video}")
+        residual: tuple[Any, ...] = (x, None, None)
         for block in self.transformer_blocks:
-            video, text = block(video, text, time, image_rotary_emb)
-        # The last norm acts on each token by itself, so the text tokens, which nothing reads any more, are left out.
+            residual = block(*residual, time, image_rotary_emb)
+        x, branch, gate = residual
+        # What is left acts on each token by itself, so the text tokens, which nothing reads any more, are left out.
+        video = x[:, -num_video:] + gate[:, :1] * branch[:, -num_video:]
         patches = self.proj_out(self.norm_out(self.norm_final(video), time))
         patches = patches.view(batch, num_frames, height // p, width // p, self.config.out_channels, p, p)
         sample: torch.Tensor = patches.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, num_frames, -1, height, width)
@@ -196,7 +235,7 @@ class EchoVideoTransformer3DModel(IdentityImageTextFusion):
         encoder_face_hidden_states: torch.Tensor,
         encoder_face_feats_hidden_states: torch.Tensor,
         timestep: torch.Tensor,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor],
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Fuse, then denoise, under the published argument names; see `fuse` and `denoise` for shapes."""

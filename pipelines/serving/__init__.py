@@ -17,6 +17,7 @@ What a client must know; the served /openapi.json has every field.
     GET    /v1/batches, /v1/batches/{id} counts, and where results table, report and contact sheet are
     POST   /v1/batches/{id}/cancel       DELETE /v1/batches/{id}                                            (admin)
     GET    /v1/files/{path}              those views, and videos under the names that reports link to
+    GET    /                             the page, a browser's client of all this
     GET    /healthz, /metrics            200 once at work; Prometheus                                       (admin)
 
 Who calls: `Authorization: Bearer ev_...`, or a browser's cookie. `POST /v1/sign-in-links` makes a link, good once for

@@ -77,6 +77,8 @@ def test_doctor_healthy_machine_exits_0_and_is_honest_about_the_gpu(models: Path
     found = {check["name"]: check["status"] for check in document["checks"]}
     assert (result.exit_code, document["ok"]) == (0, True), document
     assert found["CUDA GPU"] == ("ok" if torch.cuda.is_available() else "absent")
+    kernels = "kernel attention" if torch.cuda.is_available() else "kernels"
+    assert found[kernels] == ("ok" if torch.cuda.is_available() else "absent")
     assert {found[name] for name in ("H.264 encoder", "face nets", "tiny model", "models folder")} == {"ok"}
 
 

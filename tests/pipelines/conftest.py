@@ -1,4 +1,4 @@
-"""Fixtures: a real S3 server for the session, and an empty folder or prefix for each test."""
+"""Fixtures: a real S3 server for the session, an empty folder or prefix for each test, and a real browser."""
 
 from __future__ import annotations
 
@@ -14,12 +14,22 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
 from echovideo.errors import StorageError
 from pipelines.storage import StorageOptions, StoragePath
 
 START_SCRIPT = Path(__file__).parents[2] / "infra/local_s3/start.sh"
 START_DEADLINE_S = 60
+CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM_OPTIONS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture(scope="session")
@@ -88,3 +98,14 @@ def _wait_until_ready(server: subprocess.Popen[bytes], probe: StoragePath, log: 
                 pass
         time.sleep(0.1)
     raise AssertionError(f"SeaweedFS did not start: {log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Debian's Chromium."""
+    if not CHROMIUM.exists():
+        pytest.skip(f"no browser at {CHROMIUM}: install Debian's chromium to run this test")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_OPTIONS)
+        yield browser
+        browser.close()

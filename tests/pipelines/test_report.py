@@ -7,7 +7,6 @@ import hashlib
 import io
 import itertools
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 from skimage import data
 
 from echovideo.video import Video, encode_mp4, poster_jpeg
@@ -34,15 +33,6 @@ from pipelines.report import (
     results_table,
 )
 
-CHROMIUM = Path("/usr/bin/chromium")
-CHROMIUM_OPTIONS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 HOSTILE = "<script>document.title='broken'</script><img src=x onerror=alert(1)> \"a\" & 'b'"
 
 
@@ -318,16 +308,6 @@ def test_render_report_of_1500_rows_is_small_and_hides_finished_rows_first(rows:
 def test_row_view_with_a_script_address_is_refused(rows: tuple[RowView, ...]) -> None:
     with pytest.raises(AssertionError, match="javascript"):
         replace(rows[0], href="javascript:alert(1)")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if not CHROMIUM.exists():
-        pytest.skip(f"no browser at {CHROMIUM}: install Debian's chromium to run this test")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_OPTIONS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

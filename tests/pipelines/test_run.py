@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from ray import serve
 
 from echovideo.conditioning import Condition
 from echovideo.errors import RunError
@@ -46,6 +47,9 @@ SHAPE = {"height": 96, "width": 96, "num_frames": 17, "num_inference_steps": 2}
 @pytest.fixture(scope="module", autouse=True)
 def ray_of_two_cpus(s3_options: StorageOptions) -> Iterator[None]:
     """One local Ray for all runs of this file, started once the S3 server's keys are in the environment."""
+    if ray.is_initialized():  # The service's, whose tests come before these.
+        serve.shutdown()
+        ray.shutdown()
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

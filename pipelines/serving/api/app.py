@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from echovideo.request import MAX_FRAMES, MAX_PROMPT_CHARACTERS, SIZES, GuidanceSchedule
 from echovideo.settings import AVAILABLE_TIERS
-from pipelines.serving.api import batches, problems, sessions, videos
+from pipelines.serving.api import batches, page, problems, sessions, videos
 from pipelines.serving.api.bodies import BodyLimit
 from pipelines.serving.api.problems import ProblemError, responses, retry_after
 from pipelines.serving.api.schemas import (
@@ -48,7 +48,7 @@ def create_api(service: Service) -> FastAPI:
     )
     api.state.service = service
     problems.install(api)
-    for each in (videos.router, batches.router, sessions.router, router):
+    for each in (videos.router, batches.router, sessions.router, page.router, router):
         api.include_router(each)
     api.add_middleware(BodyLimit)
     api.add_middleware(DefaultHeaders)
@@ -71,12 +71,6 @@ class DefaultHeaders:
             await send(message)
 
         await self.app(scope, receive, with_headers)
-
-
-@router.get("/", include_in_schema=False)
-async def root(service: ServiceHere) -> dict[str, str]:
-    """Say what this is."""
-    return {"service": "EchoVideo", "model": service.config.card.name, "openapi": "/openapi.json"}
 
 
 @router.get("/healthz", response_model=Health, responses=responses())

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import html
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Form, Query, Request, Security
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from pipelines.serving.access import SESSION_S
-from pipelines.serving.api.problems import ProblemError, responses
+from pipelines.serving.api.page import sign_in_page
+from pipelines.serving.api.problems import responses
 from pipelines.serving.api.schemas import SessionView, SignInLink
 from pipelines.serving.api.service import COOKIE, Reader, ServiceHere, cookie
 
 router = APIRouter(tags=["sessions"])
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>EchoVideo: sign in</title>
-<main><h1>EchoVideo</h1>
-<form method="post" action="/sign-in"><input type="hidden" name="token" value="{token}">
-<button>Sign in on this browser</button></form></main></html>
-"""
 
 
 @router.post("/v1/sign-in-links", status_code=201, response_model=SignInLink, responses=responses())
@@ -39,10 +31,7 @@ async def show_sign_in(token: Annotated[str, Query(max_length=200)]) -> HTMLResp
     The press also makes the request that sets the cookie one of this site's own, so that the browser sends the Strict
     cookie along to the page that follows.
     """
-    return HTMLResponse(
-        _PAGE.format(token=html.escape(token)),
-        headers={"Content-Security-Policy": "default-src 'none'; form-action 'self'; frame-ancestors 'none'"},
-    )
+    return sign_in_page(token)
 
 
 @router.post("/sign-in", status_code=303, include_in_schema=False)
@@ -50,9 +39,9 @@ async def sign_in(service: ServiceHere, token: Annotated[str, Form(max_length=20
     """Use a link up, set the cookie and go to the page."""
     made = await asyncio.to_thread(service.access.sign_in, token)
     if made is None:
-        raise ProblemError(401, "link_used", "this sign-in link was used before, or is too old; ask for another")
+        return sign_in_page(None)
     value, _ = made
-    response = RedirectResponse("/", 303)
+    response = RedirectResponse("./", 303)
     response.set_cookie(
         COOKIE,
         value,

@@ -58,6 +58,59 @@ def test_rotary_tables_recorded_grids_give_recorded_tables(record: str) -> None:
     assert relative_error(sin, arrays["rope_sin"]) < 1e-6
 
 
+def test_transformer_without_gradients_gives_the_same_bits_and_leaves_its_inputs() -> None:
+    arrays, facts = recorded("transformer_64x96")
+    batch, frames, height, width = facts["shape"]
+    model = make_transformer(facts["config"], facts["salt"])
+    latents = formula("hidden_states", (batch, frames, 32, height, width), facts["salt"])
+    condition = formula("condition", (batch, 226, facts["config"]["text_embed_dim"]), facts["salt"])
+    inputs = (latents, condition, arrays["timestep"], (arrays["rope_cos"], arrays["rope_sin"]))
+    kept = [tensor.clone() for tensor in (latents, condition, *inputs[3])]
+    functional = model.denoise(*inputs)
+    with torch.no_grad():
+        in_place = model.denoise(*inputs)
+    assert torch.equal(in_place, functional)
+    assert all(torch.equal(a, b) for a, b in zip((latents, condition, *inputs[3]), kept, strict=True))
+
+
+def test_transformer_gradient_is_the_slope_of_its_loss() -> None:
+    arrays, facts = recorded("transformer_64x96")
+    batch, frames, height, width = facts["shape"]
+    model = make_transformer(facts["config"], facts["salt"]).double().requires_grad_(True)
+    latents = formula("hidden_states", (batch, frames, 32, height, width), facts["salt"]).double()
+    condition = formula("condition", (batch, 226, facts["config"]["text_embed_dim"]), facts["salt"]).double()
+    rotary = (arrays["rope_cos"].double(), arrays["rope_sin"].double())
+    fusion = dict(IdentityImageTextFusion(model.config).named_parameters())
+    backbone = {name: p for name, p in model.named_parameters() if name not in fusion}
+
+    def loss() -> torch.Tensor:
+        return model.denoise(latents, condition, arrays["timestep"], rotary).square().sum()
+
+    gradients = torch.autograd.grad(loss(), list(backbone.values()))
+    directions = [formula(name, tuple(p.shape), 1).double() for name, p in backbone.items()]
+    slope = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True))
+    step = 1e-6
+    with torch.no_grad():
+        for p, d in zip(backbone.values(), directions, strict=True):
+            p.add_(d, alpha=step)
+        above = float(loss())
+        for p, d in zip(backbone.values(), directions, strict=True):
+            p.sub_(d, alpha=2 * step)
+        below = float(loss())
+    assert abs((above - below) / (2 * step) - slope) < 1e-5 * abs(slope)
+
+
+def test_transformer_rotary_tables_of_another_grid_are_refused() -> None:
+    arrays, facts = recorded("transformer_64x96")
+    batch, frames, height, width = facts["shape"]
+    model = make_transformer(facts["config"], facts["salt"])
+    latents = torch.zeros(batch, frames, 32, height, width)
+    condition = torch.zeros(batch, 226, facts["config"]["text_embed_dim"])
+    num_video = len(arrays["rope_cos"])
+    with pytest.raises(ValueError, match=f"tables of {num_video - 1} tokens for a video of {num_video}"):
+        model.denoise(latents, condition, arrays["timestep"], (arrays["rope_cos"][1:], arrays["rope_sin"][1:]))
+
+
 def test_fusion_by_itself_gives_the_transformers_condition() -> None:
     _, facts = recorded("transformer_64x96")
     model = make_transformer(facts["config"], facts["salt"])

@@ -144,13 +144,14 @@ def stub_model(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, astr
 
 @pytest.fixture(scope="package")
 def serve_port() -> Iterator[int]:
-    """A local Ray with Serve's HTTP proxy on a free port."""
+    """A local Ray with Serve's HTTP proxy on a free port; tests that need another Ray come later, and end this one."""
     port = free_port()
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     yield port
-    serve.shutdown()
-    ray.shutdown()
+    if ray.is_initialized():
+        serve.shutdown()
+        ray.shutdown()
 
 
 @pytest.fixture(scope="package")
@@ -165,7 +166,8 @@ def stub(serve_port: int, stub_model: Path, tmp_path_factory: pytest.TempPathFac
     )
     serve.run(bind(config, stub_stages), name="stub", route_prefix="/stub")
     yield running(f"http://127.0.0.1:{serve_port}/stub", config)
-    serve.delete("stub")
+    if ray.is_initialized():
+        serve.delete("stub")
 
 
 def running(url: str, config: ServiceConfig) -> Running:

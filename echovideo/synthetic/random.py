@@ -1,0 +1,28 @@
+"""Random numbers from seeds by hashing: the same for a seed on every device, alone or in a batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_MULTIPLIER = 0x45D9F3B
+_STRIDE = 0x3504F333
+
+
+def hashed(values: Tensor) -> Tensor:
+    """Return 32 well-mixed bits of each integer of an int64 tensor, as int64."""
+    mixed = values & _WORD
+    for _ in range(2):
+        mixed = ((mixed ^ (mixed >> 16)) * _MULTIPLIER) & _WORD
+    return mixed ^ (mixed >> 16)
+
+
+def uniform(seeds: Tensor, count: int, stream: int) -> Tensor:
+    """Return `count` numbers from [0, 1) for each int64 seed of (B,), float32 (B, count).
+
+    Different `stream` numbers give unrelated values for the same seed.
+    """
+    counter = torch.arange(count, device=seeds.device, dtype=torch.int64) + (stream << 12)
+    mixed = hashed(hashed(seeds)[:, None] + hashed(counter * _STRIDE))
+    return (mixed >> 8).float() / 2**24
