@@ -28,6 +28,10 @@ _HEALTH_CHECK_S = 2.0
 
 _ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 """What only waits needs one event loop; three of them in a process keep each other waiting."""
+_BY_GRPC = {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"}
+"""What the ingress asks of others is answered sooner than as a Ray task, a photo in it above all."""
+PROXY_ENVIRONMENT = {"RAY_SERVE_PROXY_USE_GRPC": "1"}
+"""The same for what the proxy asks of the ingress; whoever starts a Ray for the service gives it this environment."""
 _QUIET = LoggingConfig(enable_access_log=False)
 """The proxy logs each request once."""
 
@@ -80,7 +84,11 @@ def bind(config: ServiceConfig, load_stages: Callable[[], Sequence[type[Stage]]]
         ray_actor_options=light,
         logging_config=_QUIET,
     )(Dispatcher).bind(config, renderers, faces)
-    ingress = serve.deployment(max_ongoing_requests=_MANY, ray_actor_options=light, logging_config=_QUIET)(Ingress)
+    ingress = serve.deployment(
+        max_ongoing_requests=_MANY,
+        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": _ONE_LOOP | _BY_GRPC}},
+        logging_config=_QUIET,
+    )(Ingress)
     return ingress.bind(config, dispatcher, faces)
 
 

@@ -7,7 +7,7 @@ Layout under the store:
     tenants/<tenant>/                              an output root as the ledger lays it out: videos/ and runs/
     tenants/<tenant>/inputs/                       where a tenant may put manifests and photos
     tenants/<tenant>/runs/on-demand/requests/<id>.json   a single request, written if absent before it is accepted
-    tenants/<tenant>/runs/on-demand/uploads/<sha256>.jpg its photo, encoded anew
+    tenants/<tenant>/runs/on-demand/uploads/<sha256>.jpg its photo, a JPEG of pixels alone
     tenants/<tenant>/runs/on-demand/removed/<id>   marker: what is left of this request is to be deleted
     tenants/<tenant>/runs/<run_id>/accepted.json   a batch that the service was asked to render
     tenants/<tenant>/runs/<run_id>/ended           marker: every row of it has ended, and its views are written

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -16,9 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +24,13 @@ from echovideo.errors import RunError
 from echovideo.request import RenderRequest
 from pipelines.manifest import write_manifest
 from pipelines.serving.access import Access
+from pipelines.serving.benchmarks.results import FOLDER, Row, write
 from pipelines.serving.benchmarks.stub import HOLD, make_model, photo_of, stub_stages
 from pipelines.serving.config import ServiceConfig
 from pipelines.serving.local import APP, LocalService
 from pipelines.storage import StoragePath
 
-RESULTS = Path(__file__).parent / "results" / "service.json"
+RESULTS = FOLDER / "service.json"
 MIXED = 500
 QUEUED = 10_000
 PORT = 8765
@@ -41,22 +38,17 @@ _WINDOWS = 3
 _WINDOW_S = 30
 _BATCH_ROWS = 50
 _KILL_EVERY_S = 20
-_LONGEST_S = 1800
+_LONGEST_S = 180
+"""Each part of a measurement has ended by then, or the measurement fails."""
 _PLENTY = 10_000_000
 _ENDED = ("completed", "failed")
+_ACCEPTING = {
+    "proxy": "ray::ProxyActor",
+    "ingress": f"ray::ServeReplica:{APP}:Ingress",
+    "dispatcher": f"ray::ServeReplica:{APP}:Dispatcher",
+}
+"""Titles of the processes that a request goes through before it is accepted."""
 _KILLED = ("Renderer", "Dispatcher", "Renderer", "Ingress")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One measured number. `floor` is the bar: the most that a time or a count of errors may be, None without one."""
-
-    name: str
-    metric: str
-    value: float
-    unit: str
-    floor: float | None = None
-    against: dict[str, float] = field(default_factory=dict)
 
 
 class Bench:
@@ -123,6 +115,7 @@ def measure_accept(bench: Bench) -> Iterator[Row]:
     yield Row(name="accept", metric="photo", value=mean / 1000, unit="kB")
     windows: list[dict[str, Any]] = []
     loads: dict[str, float] = {}
+    before = cpu_seconds()
     for number in range(_WINDOWS):
         loads[f"window {number + 1}"] = os.getloadavg()[0]
         plan = {"key": bench.key(f"accept-{number}"), "photos": str(photos)}
@@ -133,6 +126,9 @@ def measure_accept(bench: Bench) -> Iterator[Row]:
         value = percentile(windows[best], share)
         yield Row(name="accept", metric=metric, value=value, unit="ms", floor=floor, against=all_windows)
     yield Row(name="accept", metric="rate", value=windows[best]["num_requests"] / _WINDOW_S, unit="requests/s")
+    num_requests = sum(window["num_requests"] for window in windows)
+    spent = {name: 1000 * (seconds - before[name]) / num_requests for name, seconds in cpu_seconds().items()}
+    yield Row(name="accept", metric="CPU a request", value=sum(spent.values()), unit="ms", against=spent)
     yield Row(name="accept", metric="errors", value=sum(each["num_failures"] for each in windows), unit="", floor=0)
     load = list(loads.values())[best]
     yield Row(name="accept", metric="load average before", value=load, unit="", against=loads)
@@ -163,11 +159,15 @@ def measure_watch(bench: Bench) -> Iterator[Row]:
 
 
 def measure_drain(bench: Bench) -> Iterator[Row]:
-    """10,000 requests queued over HTTP, listed page by page, and rendered by the stub."""
+    """10,000 requests queued over HTTP, listed page by page, and drained.
+
+    All ask for the same video, so it is rendered once, found 10,000 times, and committed for each.
+    """
     key = bench.key("drain")
     made = bench.folder / "made.json"
     with bench.client(key) as client:
         first = bench.post(client, num_inference_steps=1)
+        wait(lambda: all_ended(client, 1))
         plan = {"key": key, "videos": [first], "count": QUEUED, "made": str(made)}
         with bench.held():
             load, started = os.getloadavg()[0], time.monotonic()
@@ -326,7 +326,7 @@ def killer() -> Iterator[list[str]]:
     def kill() -> None:
         while not done.wait(_KILL_EVERY_S):
             deployment = _KILLED[len(killed) % len(_KILLED)]
-            if pids := replicas(deployment):
+            if pids := processes(f"ray::ServeReplica:{APP}:{deployment}"):
                 os.kill(random.choice(pids), signal.SIGKILL)
                 killed.append(deployment)
 
@@ -339,13 +339,24 @@ def killer() -> Iterator[list[str]]:
         thread.join()
 
 
-def replicas(deployment: str) -> list[int]:
-    """Return the processes of a deployment's replicas that this process's own Ray has."""
+def cpu_seconds() -> dict[str, float]:
+    """Return the processor time, user's and system's, that each part of the way to acceptance has taken so far."""
+    tick = os.sysconf("SC_CLK_TCK")
+
+    def spent(pid: int) -> float:
+        values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(values[11]) + int(values[12])) / tick
+
+    return {name: sum(map(spent, processes(title))) for name, title in _ACCEPTING.items()}
+
+
+def processes(title: str) -> list[int]:
+    """Return the processes of this process's own Ray whose titles begin so."""
     parents, named = {}, []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if (folder / "cmdline").read_bytes().startswith(f"ray::ServeReplica:{APP}:{deployment}".encode()):
+            if (folder / "cmdline").read_bytes().startswith(title.encode()):
                 named.append(int(folder.name))
         except (FileNotFoundError, ProcessLookupError):
             # It has ended since the folder was listed.
@@ -373,7 +384,8 @@ def main() -> None:
             for row in measure(name, Path(folder)):
                 rows.append(row)
                 print(f"{row.name:8} {row.metric:26} {row.value:12.1f} {row.unit}", flush=True)
-        write(rows, asked.out)
+        machine = f"{os.cpu_count()} CPU cores, which the load generator shares"
+        write(rows, asked.out, machine=machine, packages=("fastapi", "locust", "ray"))
 
 
 def measure(name: str, folder: Path) -> Iterator[Row]:
@@ -389,25 +401,6 @@ def measure(name: str, folder: Path) -> Iterator[Row]:
         yield from MEASUREMENTS[name](Bench(service, folder))
     finally:
         service.stop()
-
-
-def write(rows: list[Row], path: Path) -> None:
-    """Write the rows, in place of those of the same names, and what they were measured on."""
-    names = {row.name for row in rows}
-    earlier = json.loads(path.read_text())["rows"] if path.exists() else []
-    record = {
-        "benchmark": "service",
-        "machine": f"{os.cpu_count()} CPU cores, which the load generator shares",
-        "versions": {name: version(name) for name in ("fastapi", "locust", "ray")}
-        | {"python": platform.python_version()},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip(),
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "rows": [row for row in earlier if row["name"] not in names] + [asdict(row) for row in rows],
-    }
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from locust.contrib.fasthttp import ResponseContextManager
 from locust.env import Environment
 from urllib3.filepost import encode_multipart_formdata
 
+from echovideo.request import DEFAULT_SEED
+
 _RETRY_S = 0.5
 _SHAPE = {"size": "96x96", "num_frames": 9}
 _plan: dict[str, Any] = {}
@@ -83,9 +85,9 @@ class _Client(FastHttpUser):
         with self.client.post("/v1/videos", data=upload, headers=asked, name="create", catch_response=True) as answer:
             return accepted(answer)
 
-    def remix(self, number: int, headers: dict[str, str] | None = None) -> bool:
-        """Ask for another scene of one of the plan's videos."""
-        video_id, asked = random.choice(_plan["videos"]), {"prompt": f"scene {number}", "seed": number}
+    def remix(self, seed: int, headers: dict[str, str] | None = None) -> bool:
+        """Ask for another take of one of the plan's videos."""
+        video_id, asked = random.choice(_plan["videos"]), {"prompt": "she waves", "seed": seed}
         with self.client.post(
             f"/v1/videos/{video_id}/remix",
             json=asked,
@@ -156,14 +158,13 @@ class Watcher(_Client):
 
 
 class Remixer(_Client):
-    """Asks for as many videos as the plan says, one after the other."""
+    """Asks for as many videos as the plan says, one after the other, all of the same pixels."""
 
     @task
     def ask(self) -> None:
         """Ask for the next one."""
-        number = self.next_number()
-        if number is not None:
-            self.remix(number)
+        if self.next_number() is not None:
+            self.remix(DEFAULT_SEED)
 
 
 class Mixer(_Client):

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "service.json"
+from pipelines.serving.benchmarks.results import FOLDER
+
 README = Path(__file__).parents[3] / "README.md"
 BEGIN, END = "<!-- begin: service benchmark -->\n", "<!-- end: service benchmark -->\n"
 
@@ -24,11 +25,12 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Rewrite README's table."""
+    """Rewrite README's tables, one of each results file."""
     text = README.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    README.write_text(before + BEGIN + table(json.loads(RESULTS.read_text())) + END + after)
+    tables = [table(json.loads(path.read_text())) for path in sorted(FOLDER.glob("*.json"))]
+    README.write_text(before + BEGIN + "\n".join(tables) + END + after)
 
 
 if __name__ == "__main__":
