@@ -25,6 +25,8 @@ CSRF_HEADER = "X-CSRF-Token"
 _ANSWER_S = 20.0
 _REMEMBERED_S = 5.0
 _MOST_REMEMBERED = 10_000
+_LOOKED_UP_AGAIN = retry_after(_REMEMBERED_S)
+"""Asked sooner, the answer about a key or session is the same."""
 
 bearer = HTTPBearer(auto_error=False, description="An API key: ev_...")
 cookie = APIKeyCookie(name=COOKIE, auto_error=False, description="A browser's session; see POST /sign-in.")
@@ -116,7 +118,7 @@ def needs(scope: Scope) -> Callable[..., Awaitable[Caller]]:
         if caller is None:
             raise _unauthenticated("the API key or the session is not, or no longer, valid")
         if scope not in caller.key.scopes:
-            raise ProblemError(403, "forbidden", f"this needs a key with the scope {scope!r}")
+            raise ProblemError(403, "forbidden", f"this needs a key with the scope {scope!r}", headers=_LOOKED_UP_AGAIN)
         if caller.session is not None and request.method not in ("GET", "HEAD"):
             _check_same_site(request, caller.session.csrf_token)
         return caller
@@ -134,12 +136,15 @@ def _check_same_site(request: Request, csrf_token: str) -> None:
     sent = request.headers.get(CSRF_HEADER, "")
     if not hmac.compare_digest(sent.encode(), csrf_token.encode()):
         raise ProblemError(
-            403, "csrf", f"a browser's request needs {CSRF_HEADER} with the csrf_token of GET /v1/session"
+            403,
+            "csrf",
+            f"a browser's request needs {CSRF_HEADER} with the csrf_token of GET /v1/session",
+            headers=_LOOKED_UP_AGAIN,
         )
 
 
 def _unauthenticated(message: str) -> ProblemError:
-    return ProblemError(401, "unauthenticated", message, headers={"WWW-Authenticate": "Bearer"})
+    return ProblemError(401, "unauthenticated", message, headers={"WWW-Authenticate": "Bearer", **_LOOKED_UP_AGAIN})
 
 
 async def _answer(response: Awaitable[Any], within_s: float) -> Any:
