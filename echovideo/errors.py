@@ -61,3 +61,15 @@ class RenderCancelledError(RunError):
     """The render was stopped between two steps, as its caller asked."""
 
     code = "cancelled"
+
+
+class DatasetError(EchoVideoError):
+    """Training data is missing, damaged or not what the run needs; the message names the file or the tensor."""
+
+    code = "dataset"
+
+
+class TrainingError(EchoVideoError):
+    """Training cannot start or go on: settings that do not fit, no finite loss, or too little memory."""
+
+    code = "training"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from echovideo.model.config import TransformerConfig
 from echovideo.model.fusion import IdentityImageTextFusion
@@ -191,6 +192,8 @@ class EchoVideoTransformer3DModel(IdentityImageTextFusion):
         self.norm_final = nn.LayerNorm(config.inner_dim, eps=config.norm_eps)
         self.norm_out = OutputNorm(config)
         self.proj_out = nn.Linear(config.inner_dim, config.patch_size**2 * config.out_channels)
+        self.recomputed_blocks = 0
+        """How many blocks, from the first, keep nothing for the backward pass and are computed again in it."""
 
     @classmethod
     def from_config(cls, config: TransformerConfig | Mapping[str, Any]) -> Self:
@@ -218,8 +221,13 @@ class EchoVideoTransformer3DModel(IdentityImageTextFusion):
         if len(image_rotary_emb[0]) != num_video:
             raise ValueError(f"rotary tables of {len(image_rotary_emb[0])} tokens for a video of {num_video}")
         residual: tuple[Any, ...] = (x, None, None)
-        for block in self.transformer_blocks:
-            residual = block(*residual, time, image_rotary_emb)
+        for i, block in enumerate(self.transformer_blocks):
+            inputs = (*residual, time, image_rotary_emb)
+            if i < self.recomputed_blocks and torch.is_grad_enabled():
+                # No block draws random numbers, so there is no generator's state to bring back.
+                residual = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                residual = block(*inputs)
         x, branch, gate = residual
         # What is left acts on each token by itself, so the text tokens, which nothing reads any more, are left out.
         video = x[:, -num_video:] + gate[:, :1] * branch[:, -num_video:]

@@ -8,8 +8,8 @@ from types import MappingProxyType
 import torch
 
 from echovideo.errors import RequestError
+from echovideo.hashing import uniform
 from echovideo.synthetic.clip import ATTRIBUTES, ClipCondition
-from echovideo.synthetic.random import uniform
 
 _STREAM = 5
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from echovideo.errors import RequestError
-from echovideo.synthetic.random import uniform
+from echovideo.hashing import uniform
 
 _STREAM = 2
 

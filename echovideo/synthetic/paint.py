@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from echovideo.hashing import hashed
 from echovideo.synthetic.head import (
     Columns,
     Point,
@@ -19,7 +20,6 @@ from echovideo.synthetic.head import (
     ridge,
     smooth_step,
 )
-from echovideo.synthetic.random import hashed
 
 Palette = Mapping[str, Tensor]
 

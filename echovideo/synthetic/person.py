@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from echovideo.synthetic.random import uniform
+from echovideo.hashing import uniform
 
 _STREAM = 1
 

@@ -1,4 +1,4 @@
-"""The results files of this folder's two measurements."""
+"""The results files of the measurements in the drawn world."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ class Row:
         return self.floor is None or self.value >= self.floor
 
 
-def write_results(benchmark: str, machine: str, rows: Sequence[Row], commit: str | None) -> Path:
-    """Print the rows as a table, write them to results/<benchmark>.json and return its path.
+def write_results(
+    benchmark: str, machine: str, rows: Sequence[Row], commit: str | None, folder: Path = RESULTS
+) -> Path:
+    """Print the rows as a table, write them to <benchmark>.json in `folder` and return its path.
 
     `commit` names the measured code where it is not a git checkout.
     """
@@ -54,8 +56,8 @@ def write_results(benchmark: str, machine: str, rows: Sequence[Row], commit: str
     for row in rows:
         floor = "" if row.floor is None else f"at least {row.floor:g}"
         print(f"{row.name:24} {row.metric:26} {row.value:12.4f} {row.unit:10} {floor}")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{benchmark}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{benchmark}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"wrote {path}")
     return path

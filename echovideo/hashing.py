@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,21 @@ def hashed(values: Tensor) -> Tensor:
 def uniform(seeds: Tensor, count: int, stream: int) -> Tensor:
     """Return `count` numbers from [0, 1) for each int64 seed of (B,), float32 (B, count).
 
-    Different `stream` numbers give unrelated values for the same seed.
+    Different `stream` numbers give unrelated values for the same seed. A stream holds 4096 numbers: a longer draw
+    goes on into the streams that follow.
     """
     counter = torch.arange(count, device=seeds.device, dtype=torch.int64) + (stream << 12)
     mixed = hashed(hashed(seeds)[:, None] + hashed(counter * _STRIDE))
     return (mixed >> 8).float() / 2**24
+
+
+def normal(seeds: Tensor, count: int, stream: int) -> Tensor:
+    """Return `count` standard normal numbers for each int64 seed of (B,), float32 (B, count), by Box and Muller.
+
+    Takes `count` numbers of the stream, or one more, and of those that follow it. None is larger than 5.8.
+    """
+    half = (count + 1) // 2
+    radius, angle = uniform(seeds, 2 * half, stream).split(half, dim=1)
+    radius = (-2 * torch.log(1 - radius)).sqrt()
+    angle = 2 * math.pi * angle
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]

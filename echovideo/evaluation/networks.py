@@ -1,0 +1,283 @@
+"""The judges of the drawn world: two networks that read from a clip what happens in it and who is in it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.nn import functional
+
+from echovideo.synthetic.clip import ATTRIBUTES, CURVES
+from echovideo.synthetic.person import PARAMETERS
+
+WEIGHTS = Path(__file__).parent / "weights"
+FRAMES = 17
+FRAME_STEP = 2
+"""The judges look at every second frame: the fastest motion, a mouth's 3.2 cycles a clip, is still told from none."""
+SEEN_FRAMES = len(range(0, FRAMES, FRAME_STEP))
+
+NUISANCES = ("yaw", "pitch", "light_x", "smile", "mouth_open")
+"""What a clip has more or less of, as means over its frames, in the units of the scene's curves."""
+TRAITS: tuple[str, ...] = tuple(name for name in PARAMETERS if not name.startswith("mole"))
+"""The identity parameters that the identity judge estimates. Moles have no order: they are read as a map."""
+MOLE_ROWS, MOLE_COLUMNS = 10, 8
+EMBEDDING = 128
+
+_MOLE_TOP, _MOLE_HEIGHT, _MOLE_LEFT, _MOLE_WIDTH = -0.45, 1.3, -0.5, 1.0
+_MOLES = tuple(tuple(PARAMETERS.index(f"mole_{number}_{what}") for what in ("x", "y", "size")) for number in range(3))
+_TRAIT_COLUMNS = tuple(PARAMETERS.index(name) for name in TRAITS)
+_LOG_VARIANCE = (-5.0, 2.0)
+_CHUNK = 32
+
+
+def nuisances(scene_BFS: Tensor) -> Tensor:
+    """Return the true NUISANCES (B, len(NUISANCES)) of a scene tensor (B, F, len(CURVES))."""
+    return scene_BFS[:, :, [CURVES.index(name) for name in NUISANCES]].mean(dim=1)
+
+
+def traits(identity_BP: Tensor) -> Tensor:
+    """Return the columns of TRAITS of an identity tensor (B, len(PARAMETERS))."""
+    return identity_BP[:, list(_TRAIT_COLUMNS)]
+
+
+def mole_map(identity_BP: Tensor) -> Tensor:
+    """Return where each person has a mole: 1 or 0 for each cell of a grid over the face, (B, rows * columns)."""
+    cells = torch.zeros(len(identity_BP), MOLE_ROWS, MOLE_COLUMNS, device=identity_BP.device)
+    people = torch.arange(len(identity_BP), device=identity_BP.device)
+    for x, y, size in _MOLES:
+        row = ((identity_BP[:, y] - _MOLE_TOP) / _MOLE_HEIGHT * MOLE_ROWS).long().clamp(0, MOLE_ROWS - 1)
+        column = ((identity_BP[:, x] - _MOLE_LEFT) / _MOLE_WIDTH * MOLE_COLUMNS).long().clamp(0, MOLE_COLUMNS - 1)
+        cells[people, row, column] = torch.maximum(cells[people, row, column], (identity_BP[:, size] > 0).float())
+    return cells.flatten(1)
+
+
+class AttributeJudge(nn.Module):
+    """Reads a clip's attributes and nuisances: a small (2+1)D network, spatial and temporal convolutions in turn."""
+
+    nuisance_mean: Tensor
+    nuisance_scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (32, 64, 128, 224)
+        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 7, stride=2, padding=3), _SpaceTimeBlock(widths[0])]
+        for before, width in itertools.pairwise(widths):
+            layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), _SpaceTimeBlock(width), _SpaceTimeBlock(width)]
+        self.trunk = nn.Sequential(*layers)
+        self.frame = _Summary(widths[-1], 128)
+        self.clip = nn.Sequential(nn.Linear(SEEN_FRAMES * 128, 512), nn.GELU())
+        self.attributes = nn.Linear(512, sum(len(values) for values in ATTRIBUTES.values()))
+        self.nuisances = nn.Linear(512, len(NUISANCES))
+        self.register_buffer("nuisance_mean", torch.zeros(len(NUISANCES)))
+        self.register_buffer("nuisance_scale", torch.ones(len(NUISANCES)))
+
+    def forward(self, frames_BFCHW: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Return each attribute's logits (B, values) and the standardised nuisances (B, len(NUISANCES)).
+
+        `frames_BFCHW` are the SEEN_FRAMES frames of a clip, 0 to 1.
+        """
+        clips = len(frames_BFCHW)
+        features = self.frame(self.trunk(_centred(frames_BFCHW.flatten(0, 1))))
+        features = self.clip(features.reshape(clips, -1))
+        logits = self.attributes(features).float().split([len(values) for values in ATTRIBUTES.values()], dim=1)
+        return dict(zip(ATTRIBUTES, logits, strict=True)), self.nuisances(features).float()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Face:
+    """What the identity judge makes of N pictures: standardised traits (N, len(TRAITS)) and the logarithm of their
+    variances, an embedding of unit length (N, EMBEDDING) and logits of the mole map (N, cells)."""
+
+    traits: Tensor
+    log_variance: Tensor
+    embedding: Tensor
+    moles: Tensor
+
+
+class IdentityJudge(nn.Module):
+    """Reads who is in a picture: a pre-activated convolutional network with channel gates.
+
+    `visible` says which traits it was measured to see, a number 0 or 1 for each of TRAITS.
+    """
+
+    trait_mean: Tensor
+    trait_scale: Tensor
+    visible: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (40, 80, 144, 192)
+        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 7, stride=2, padding=3), _GatedBlock(widths[0])]
+        for before, width in itertools.pairwise(widths):
+            layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), _GatedBlock(width), _GatedBlock(width)]
+        self.trunk = nn.Sequential(*layers)
+        self.summary = _Summary(widths[-1], 384)
+        self.traits = nn.Linear(384, len(TRAITS))
+        self.log_variance = nn.Linear(384, len(TRAITS))
+        self.embedding = nn.Linear(384, EMBEDDING)
+        self.moles = nn.Linear(384, MOLE_ROWS * MOLE_COLUMNS)
+        # Few cells have a mole: the training starts at their share instead of unlearning a half.
+        nn.init.constant_(self.moles.bias, -4.0)
+        self.register_buffer("trait_mean", torch.zeros(len(TRAITS)))
+        self.register_buffer("trait_scale", torch.ones(len(TRAITS)))
+        self.register_buffer("visible", torch.ones(len(TRAITS)))
+
+    def forward(self, pictures_NCHW: Tensor) -> Face:
+        """Return what pictures, 0 to 1, show of a person."""
+        features = self.summary(self.trunk(_centred(pictures_NCHW)))
+        return Face(
+            traits=self.traits(features).float(),
+            # A guess of the errors only: learning it must not shake the features that the traits are read from.
+            log_variance=self.log_variance(features.detach()).float().clamp(*_LOG_VARIANCE),
+            embedding=functional.normalize(self.embedding(features).float(), dim=1),
+            moles=self.moles(features).float(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ClipReading:
+    """What the judges read in N clips, on the CPU.
+
+    `attributes`: for each of ATTRIBUTES the index (N,) of the value read. `nuisances` (N, len(NUISANCES)) in the units
+    of the scene's curves, `traits` (N, len(TRAITS)) in those of the identity parameters, both float32. `embeddings`
+    (N, EMBEDDING) of unit length. `moles` (N, cells): how likely each cell of the mole map has a mole.
+    """
+
+    attributes: Mapping[str, Tensor]
+    nuisances: Tensor
+    traits: Tensor
+    embeddings: Tensor
+    moles: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Judges:
+    """Both judges, ready to read clips."""
+
+    attribute: AttributeJudge
+    identity: IdentityJudge
+
+    @torch.inference_mode()
+    def read(self, frames_BFHWC: Tensor) -> ClipReading:
+        """Return what the judges read in clips: uint8 (B, FRAMES, 96, 96, 3); one frame is a clip that stands still."""
+        assert frames_BFHWC.dtype == torch.uint8
+        if frames_BFHWC.shape[1] == 1:
+            frames_BFHWC = frames_BFHWC.expand(-1, FRAMES, -1, -1, -1)
+        assert frames_BFHWC.shape[1] == FRAMES, f"a clip has {FRAMES} frames, not {frames_BFHWC.shape[1]}"
+        device = self.identity.trait_mean.device
+        readings = [
+            self._read(chunk.to(device).permute(0, 1, 4, 2, 3).float() / 255)
+            for chunk in frames_BFHWC[:, ::FRAME_STEP].split(_CHUNK)
+        ]
+        return ClipReading(
+            attributes={name: torch.cat([reading.attributes[name] for reading in readings]) for name in ATTRIBUTES},
+            nuisances=torch.cat([reading.nuisances for reading in readings]),
+            traits=torch.cat([reading.traits for reading in readings]),
+            embeddings=torch.cat([reading.embeddings for reading in readings]),
+            moles=torch.cat([reading.moles for reading in readings]),
+        )
+
+    def _read(self, frames_BFCHW: Tensor) -> ClipReading:
+        attribute, identity = self.attribute, self.identity
+        clips = len(frames_BFCHW)
+        with torch.autocast(frames_BFCHW.device.type, torch.bfloat16, enabled=frames_BFCHW.is_cuda):
+            logits, standard_nuisances = attribute(frames_BFCHW)
+            face = identity(frames_BFCHW.flatten(0, 1))
+        # Frames that show a trait well count for more.
+        weight = torch.exp(-face.log_variance).unflatten(0, (clips, -1))
+        standard_traits = (face.traits.unflatten(0, (clips, -1)) * weight).sum(dim=1) / weight.sum(dim=1)
+        return ClipReading(
+            attributes={name: values.argmax(dim=1).cpu() for name, values in logits.items()},
+            nuisances=(standard_nuisances * attribute.nuisance_scale + attribute.nuisance_mean).cpu(),
+            traits=(standard_traits * identity.trait_scale + identity.trait_mean).cpu(),
+            embeddings=functional.normalize(face.embedding.unflatten(0, (clips, -1)).mean(dim=1), dim=1).cpu(),
+            moles=face.moles.unflatten(0, (clips, -1)).mean(dim=1).sigmoid().cpu(),
+        )
+
+
+def save_judges(judges: Judges, folder: Path) -> None:
+    """Write both judges into a folder, as half-precision safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, network in _named(judges).items():
+        save_model(network.half(), str(folder / f"{name}.safetensors"))
+        network.float()
+
+
+def load_judges(folder: Path = WEIGHTS, device: torch.device | str = "cpu") -> Judges:
+    """Return the judges of a folder. Raises FileNotFoundError where they were not trained yet."""
+    judges = Judges(attribute=AttributeJudge(), identity=IdentityJudge())
+    for name, network in _named(judges).items():
+        load_model(network, str(folder / f"{name}.safetensors"))
+        network.to(device).eval().requires_grad_(False)
+    return judges
+
+
+def _named(judges: Judges) -> dict[str, nn.Module]:
+    return {"attribute_judge": judges.attribute, "identity_judge": judges.identity}
+
+
+def _centred(pictures_NCHW: Tensor) -> Tensor:
+    return (pictures_NCHW - 0.5) * 4
+
+
+class _Summary(nn.Sequential):
+    """A picture's features as a vector that still knows where each was seen."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__(
+            nn.GroupNorm(8, channels),
+            nn.GELU(),
+            nn.Conv2d(channels, 64, 1),
+            nn.AdaptiveAvgPool2d(6),
+            nn.Flatten(),
+            nn.Linear(64 * 36, width),
+            nn.LayerNorm(width),
+            nn.GELU(),
+        )
+
+
+class _SpaceTimeBlock(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.space_norm, self.time_norm = nn.GroupNorm(8, channels), nn.GroupNorm(8, channels)
+        self.space = nn.Conv2d(channels, channels, 3, padding=1)
+        # A convolution over three frames, as a linear map of each with its neighbours.
+        self.time = nn.Conv2d(3 * channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = functional.gelu(self.time_norm(self.space(functional.gelu(self.space_norm(x)))))
+        clips = hidden.unflatten(0, (-1, SEEN_FRAMES))
+        before = torch.cat((clips[:, :1], clips[:, :-1]), dim=1)
+        after = torch.cat((clips[:, 1:], clips[:, -1:]), dim=1)
+        mixed: Tensor = self.time(torch.cat((before, clips, after), dim=2).flatten(0, 1))
+        return x + mixed
+
+
+class _GatedBlock(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.GroupNorm(8, channels),
+            nn.GELU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.GroupNorm(8, channels),
+            nn.GELU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+        self.gate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(channels, channels // 4, 1),
+            nn.GELU(),
+            nn.Conv2d(channels // 4, channels, 1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.body(x)
+        gated: Tensor = x + hidden * self.gate(hidden)
+        return gated
