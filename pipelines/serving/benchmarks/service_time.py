@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import ray
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler
+from diffusers import AutoencoderKLCogVideoX
 
 from echovideo.conditioning import SPATIAL_COMPRESSION, Condition
 from echovideo.engine import Engine, model_dtype
@@ -32,7 +32,8 @@ from echovideo.model.folder import vae_dtype
 from echovideo.model.transformer import EchoVideoTransformer3DModel
 from echovideo.request import RenderRequest, parse_size
 from echovideo.settings import EngineSettings
-from echovideo.tiny import ensure_tiny
+from echovideo.tiny.folder import ensure_tiny
+from echovideo.tiny.parts import scheduler
 from pipelines.ledger import Ledger
 from pipelines.outcome import Ok
 from pipelines.serving.benchmarks.results import FOLDER, Row, write
@@ -63,10 +64,7 @@ def random_engine(settings: EngineSettings) -> Engine:
     with torch.device(settings.device):
         transformer = EchoVideoTransformer3DModel(TransformerConfig()).to(dtype)
         vae = AutoencoderKLCogVideoX(scaling_factor=0.7).to(vae_dtype(dtype))
-    scheduler = CogVideoXDPMScheduler(
-        prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=1.0, timestep_spacing="trailing"
-    )
-    return Engine(transformer.eval(), vae.eval(), scheduler, settings)
+    return Engine(transformer.eval(), vae.eval(), scheduler(), settings)
 
 
 def measure(engine: Engine, request: RenderRequest, rounds: int, folder: Path) -> Iterator[Row]:

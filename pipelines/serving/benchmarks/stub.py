@@ -21,7 +21,7 @@ from echovideo.faces.analyzer import FaceAnalyzer
 from echovideo.faces.packs import open_pack
 from echovideo.model.card import ModelCard, write_card
 from echovideo.request import RenderRequest
-from echovideo.tiny import ensure_tiny
+from echovideo.tiny.folder import ensure_tiny
 from echovideo.video import poster_jpeg
 from pipelines.ledger import Claim
 from pipelines.stages.render import RenderStage

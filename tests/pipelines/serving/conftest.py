@@ -28,6 +28,7 @@ from pipelines.serving.access import Access
 from pipelines.serving.app import PROXY_ENVIRONMENT, bind
 from pipelines.serving.config import ServiceConfig
 from pipelines.stages.stage import Stage
+from pipelines.storage import StorageOptions
 
 SHAPE = {"size": "96x96", "num_frames": 17, "num_inference_steps": 10}
 ENDED = ("completed", "failed")
@@ -143,8 +144,11 @@ def stub_model(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, astr
 
 
 @pytest.fixture(scope="package")
-def serve_port() -> Iterator[int]:
-    """A local Ray with Serve's HTTP proxy on a free port; tests that need another Ray come later, and end this one."""
+def serve_port(s3_options: StorageOptions) -> Iterator[int]:
+    """A local Ray with Serve's HTTP proxy on a free port; tests that need another Ray come later, and end this one.
+
+    The S3 server comes first, because its keys must be in the environment of whoever is to use it.
+    """
     port = free_port()
     ray.init(
         address="local",
