@@ -14,6 +14,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
+import gevent
 from locust import FastHttpUser, constant_pacing, constant_throughput, events, task
 from locust.contrib.fasthttp import ResponseContextManager
 from locust.env import Environment
@@ -69,7 +70,8 @@ class _Client(FastHttpUser):
             return number
         runner = self.environment.runner
         if len(_made) >= _plan["count"] and runner is not None:
-            runner.quit()
+            # Not here: it ends this user too, and would end with it.
+            gevent.spawn(runner.quit)
         time.sleep(_RETRY_S)
         return None
 
