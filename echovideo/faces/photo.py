@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from echovideo.errors import PhotoRefusedError
 
@@ -26,8 +28,20 @@ def decode_photo(data: bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = M
     """Return the photo as RGB uint8 (H, W, 3), turned upright by its EXIF orientation.
 
     Transparent pixels are laid over black, the colour of whatever is not the face. 16-bit values keep their upper 8
-    bits; of an animation the first frame is taken. Sizes are checked before any pixel is decoded.
-    Raises PhotoRefusedError: `not_an_image` (unknown format, damaged or cut short), `too_large`, `too_small`.
+    bits; of an animation the first frame is taken. Raises as `open_photo`.
+    """
+    with open_photo(data, max_bytes=max_bytes, max_pixels=max_pixels) as image:
+        return _rgb(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def open_photo(
+    data: bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS
+) -> Iterator[ImageFile.ImageFile]:
+    """Open a photo whose head says that it is one and how large; no pixel is decoded before its user asks for them.
+
+    Raises PhotoRefusedError, also for what its user finds damaged: `not_an_image` (unknown format, damaged or cut
+    short), `too_large`, `too_small`.
     """
     if len(data) > max_bytes:
         raise PhotoRefusedError(
@@ -41,7 +55,7 @@ def decode_photo(data: bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = M
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 _check_size(*image.size, max_pixels)
-                return _rgb(ImageOps.exif_transpose(image))
+                yield image
     except Image.DecompressionBombError as error:
         raise PhotoRefusedError(
             f"the photo has too many pixels; at most {max_pixels} are read. Scale it down",

@@ -25,6 +25,6 @@ Who calls: `Authorization: Bearer ev_...`, or a browser's cookie. `POST /v1/sign
 goes to `/`. `GET /v1/session` returns csrf_token, which a browser's POST and DELETE carry in X-CSRF-Token. Scopes: read
 to see, render to make, check and delete, admin for what is marked. Another tenant's ids are answered like unknown ones.
 
-Errors are application/problem+json: status, detail, and the batch path's `code`. 429 and 503 say Retry-After. The same
-Idempotency-Key with the same body is the same video; with another body it is refused with 422.
+Errors are application/problem+json: status, detail, and the batch path's `code`. 401, 403, 429 and 503 say
+Retry-After. The same Idempotency-Key with the same body is the same video; with another body it is refused with 422.
 """

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 
 from pipelines.serving.config import ServiceConfig
 from pipelines.serving.dispatcher import Dispatcher
@@ -23,6 +24,16 @@ _MANY = 10_000
 _LONGEST_RENDER_S = 1800.0
 _HEALTH_CHECK_S = 2.0
 """How soon a dead replica is noticed, and another started."""
+
+
+_ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+"""What only waits needs one event loop; three of them in a process keep each other waiting."""
+_BY_GRPC = {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"}
+"""What the ingress asks of others is answered sooner than as a Ray task, a photo in it above all."""
+PROXY_ENVIRONMENT = {"RAY_SERVE_PROXY_USE_GRPC": "1"}
+"""The same for what the proxy asks of the ingress; whoever starts a Ray for the service gives it this environment."""
+_QUIET = LoggingConfig(enable_access_log=False)
+"""The proxy logs each request once."""
 
 
 @serve.ingress()
@@ -66,11 +77,18 @@ def bind(config: ServiceConfig, load_stages: Callable[[], Sequence[type[Stage]]]
         max_queued_requests=32,
         ray_actor_options={"num_cpus": shares["identity"].num_cpus},
     )(FaceCheck).bind(config)
-    light = {"num_cpus": 0.1}
+    light = {"num_cpus": 0.1, "runtime_env": {"env_vars": _ONE_LOOP}}
     dispatcher = serve.deployment(
-        max_ongoing_requests=_MANY, health_check_period_s=_HEALTH_CHECK_S, ray_actor_options=light
+        max_ongoing_requests=_MANY,
+        health_check_period_s=_HEALTH_CHECK_S,
+        ray_actor_options=light,
+        logging_config=_QUIET,
     )(Dispatcher).bind(config, renderers, faces)
-    ingress = serve.deployment(max_ongoing_requests=_MANY, ray_actor_options=light)(Ingress)
+    ingress = serve.deployment(
+        max_ongoing_requests=_MANY,
+        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": _ONE_LOOP | _BY_GRPC}},
+        logging_config=_QUIET,
+    )(Ingress)
     return ingress.bind(config, dispatcher, faces)
 
 

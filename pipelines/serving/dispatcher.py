@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -20,7 +20,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
-from echovideo.errors import EchoVideoError, RunError, StorageError
+from echovideo.errors import EchoVideoError, RequestError, RunError, StorageError
 from echovideo.request import RenderRequest
 from echovideo.settings import video_key
 from pipelines.config import RunConfig
@@ -34,7 +34,6 @@ from pipelines.serving.metrics import Metrics
 from pipelines.serving.records import Job, TenantStore, VideoRecord
 
 SWEEP_EVERY_S = 600.0
-_ADMISSION_S = 60.0
 _STANDBY_CHECK_S = 1.0
 _PAUSE_S = 2.0
 _PURGE_AGAIN_S = 30.0
@@ -60,6 +59,14 @@ _STANDBY = Refused(
 )
 
 
+@dataclass(slots=True, eq=False)
+class Accepting:
+    """A request that is being written; others of the same id wait until that has ended."""
+
+    record: VideoRecord
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 @dataclass(slots=True)
 class Tenant:
     """One tenant's requests, and what guards their files: one admission or deletion at a time."""
@@ -68,8 +75,8 @@ class Tenant:
     entries: Entries = field(default_factory=Entries)
     epoch: Epoch | None = None
     files: asyncio.Lock = field(default_factory=asyncio.Lock)
-    admitted: dict[str, tuple[str, str, float]] = field(default_factory=dict)
-    """Requests let in whose record is being written: photo's digest, key's id and the loop's time, by video id."""
+    accepting: dict[str, Accepting] = field(default_factory=dict)
+    """Requests let in that are being written, by video id."""
     removing: dict[str, VideoRecord] = field(default_factory=dict)
 
 
@@ -80,6 +87,9 @@ class Bucket:
     tokens: float
     filled_at: float
 
+
+Found = tuple[VideoRecord, dict[str, Any], RowOutcome | None]
+"""A request's record, its video document, and its outcome if it has ended."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -125,37 +135,36 @@ class Dispatcher:
     # Answers for the ingress.
 
     @_once_ready
-    async def admit(self, tenant: str, key: Key, video_id: str, photo_sha256: str) -> bool | Refused:
-        """Let a request in whose record is then written, or refuse it; one that is known already is let in."""
-        home = self._tenant(tenant)
-        async with home.files:
-            if home.entries.get(video_id) is not None or video_id in home.admitted:
-                return True
-            if video_id in home.removing:
-                return self._refuse(409, "being_deleted", "the video of this Idempotency-Key is being deleted", 2)
-            if self.draining:
-                return self._refuse(503, "draining", "the service is being shut down; try again later", 30)
-            refused = self._over_rate(key)
-            if refused is not None:
-                return refused
-            now = time.monotonic()
-            for stale in [name for name, (_, _, since) in home.admitted.items() if now - since > _ADMISSION_S]:
-                del home.admitted[stale]
-            waiting = sum(key_id == key.key_id for _, key_id, _ in home.admitted.values())
-            if len(self.active[key.key_id]) + waiting >= key.max_active:
-                return self._refuse(
-                    429,
-                    "too_many_active",
-                    f"this key has {key.max_active} videos queued or in progress, which is its limit",
-                    self._one_job_s(),
-                )
-            admitted = sum(len(other.admitted) for other in self.tenants.values())
-            if self.queue.num_interactive() + admitted >= self.config.max_queued:
-                return self._refuse(
-                    429, "queue_full", f"{self.config.max_queued} requests wait, which is the limit", self._one_job_s()
-                )
-            home.admitted[video_id] = (photo_sha256, key.key_id, now)
-            return True
+    async def accept(self, record: VideoRecord, key: Key, photo: bytes | None) -> dict[str, Any] | Refused:
+        """Let a request in, write it with its photo, queue it, and return it as it stands; or refuse it.
+
+        `photo` is None where the upload is there already. One that is known already is returned as it stands.
+        """
+        home, video_id = self._tenant(record.tenant), record.video_id
+        while True:
+            async with home.files:
+                other = home.accepting.get(video_id)
+                if other is None:
+                    earlier = home.entries.get(video_id)
+                    if earlier is not None:
+                        return self._repeated(record, earlier)
+                    refused = self._refusal(home, record, key)
+                    if refused is not None:
+                        return refused
+                    accepting = home.accepting[video_id] = Accepting(record)
+                    break
+            await other.ended.wait()
+        try:
+            entry = Entry(await asyncio.to_thread(home.store.accept, record, photo))
+        except StorageError as error:
+            _log.error("the store failed: %s", error)
+            return self._refuse(503, error.code, "the store cannot be reached; try again", 5)
+        finally:
+            del home.accepting[video_id]
+            accepting.ended.set()
+        home.entries.add(entry)
+        self._queue_entry(entry)
+        return self._view(entry)
 
     @_once_ready
     async def allow(self, key: Key) -> bool | Refused:
@@ -163,27 +172,10 @@ class Dispatcher:
         return self._over_rate(key) or True
 
     @_once_ready
-    async def enqueue(self, record: VideoRecord) -> dict[str, Any]:
-        """Take in a request whose record has been written, and return it as it stands."""
-        home = self._tenant(record.tenant)
-        home.admitted.pop(record.video_id, None)
-        entry = home.entries.get(record.video_id)
-        if entry is None:
-            entry = Entry(record)
-            home.entries.add(entry)
-            self._queue_entry(entry)
-        return self._view(entry)
-
-    @_once_ready
-    async def forget_admission(self, tenant: str, video_id: str) -> None:
-        """Take back an admission whose record was not written."""
-        self._tenant(tenant).admitted.pop(video_id, None)
-
-    @_once_ready
-    async def video(self, tenant: str, video_id: str) -> tuple[VideoRecord, dict[str, Any], RowOutcome | None] | None:
-        """Return a request's record, how it stands and its outcome; None if the tenant has no such video."""
-        entry = self._tenant(tenant).entries.get(video_id)
-        return None if entry is None else (entry.record, self._view(entry), entry.outcome)
+    async def find(self, names: Sequence[tuple[str, str]]) -> list[Found | None]:
+        """Return each (tenant, video id)'s record, how it stands and its outcome; None where there is no such video."""
+        entries = [self._tenant(tenant).entries.get(video_id) for tenant, video_id in names]
+        return [None if entry is None else (entry.record, self._view(entry), entry.outcome) for entry in entries]
 
     @_once_ready
     async def videos(
@@ -472,7 +464,7 @@ class Dispatcher:
                 others = list(home.entries)
                 shared = any(self._key(other.record, other.outcome, nets) == key for other in others)
                 needed = {other.record.photo_sha256 for other in others}
-                needed |= {photo for photo, _, _ in home.admitted.values()}
+                needed |= {other.record.photo_sha256 for other in home.accepting.values()}
                 try:
                     await asyncio.to_thread(
                         _delete_request,
@@ -535,6 +527,37 @@ class Dispatcher:
         if isinstance(outcome, Ok) and not outcome.reused:
             self.estimates.add(request, sum(outcome.timings.values()))
 
+    def _repeated(self, record: VideoRecord, earlier: Entry) -> dict[str, Any] | Refused:
+        """Return the earlier request of the same Idempotency-Key as it stands."""
+        try:
+            record.check_repeats(earlier.record)
+        except RequestError as error:
+            return self._refuse(422, error.code, error.message)
+        return self._view(earlier)
+
+    def _refusal(self, home: Tenant, record: VideoRecord, key: Key) -> Refused | None:
+        """Return why a new request is not let in, None if it is."""
+        if record.video_id in home.removing:
+            return self._refuse(409, "being_deleted", "the video of this Idempotency-Key is being deleted", 2)
+        if self.draining:
+            return self._refuse(503, "draining", "the service is being shut down; try again later", 30)
+        refused = self._over_rate(key)
+        if refused is not None:
+            return refused
+        writing = [other.record.key_id for tenant in self.tenants.values() for other in tenant.accepting.values()]
+        if len(self.active[key.key_id]) + writing.count(key.key_id) >= key.max_active:
+            return self._refuse(
+                429,
+                "too_many_active",
+                f"this key has {key.max_active} videos queued or in progress, which is its limit",
+                self._one_job_s(),
+            )
+        if self.queue.num_interactive() + len(writing) >= self.config.max_queued:
+            return self._refuse(
+                429, "queue_full", f"{self.config.max_queued} requests wait, which is the limit", self._one_job_s()
+            )
+        return None
+
     def _over_rate(self, key: Key) -> Refused | None:
         now = time.monotonic()
         bucket = self.buckets.setdefault(key.key_id, Bucket(key.requests_per_minute, now))
@@ -551,7 +574,7 @@ class Dispatcher:
         bucket.tokens -= 1
         return None
 
-    def _refuse(self, status: int, code: str, message: str, retry_after_s: float) -> Refused:
+    def _refuse(self, status: int, code: str, message: str, retry_after_s: float | None = None) -> Refused:
         self.metrics.refusals.labels(code).inc()
         return Refused(status=status, code=code, message=message, retry_after_s=retry_after_s)
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+from PIL.ExifTags import Base
 
 from echovideo.errors import PhotoRefusedError
+from echovideo.faces.photo import open_photo
 from pipelines.serving.config import ServiceConfig
 from pipelines.serving.photos import data_url
 
@@ -40,12 +42,15 @@ class FaceCheck:
             return await asyncio.to_thread(self._check, photo)
 
     def _check(self, photo: bytes) -> dict[str, Any]:
-        with Image.open(io.BytesIO(photo)) as image:
-            document = {
-                "object": "identity",
-                "photo": {"width": image.width, "height": image.height},
-                "face_nets": self.analyzer.pack.name,
-            }
+        with open_photo(photo) as image:
+            # From 5 on, an orientation lays the picture on its side.
+            lying = image.getexif().get(Base.Orientation, 1) >= 5
+            width, height = reversed(image.size) if lying else image.size
+        document = {
+            "object": "identity",
+            "photo": {"width": width, "height": height},
+            "face_nets": self.analyzer.pack.name,
+        }
         try:
             identity = self.analyzer.analyze(photo, policy=self.policy)
         except PhotoRefusedError as error:

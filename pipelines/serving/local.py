@@ -18,7 +18,7 @@ from ray.serve.schema import ApplicationStatus, ServeStatus
 
 from echovideo.errors import RunError
 from pipelines.resources import SPARE_CPUS, StageResources, check_resources
-from pipelines.serving.app import bind, real_stages
+from pipelines.serving.app import PROXY_ENVIRONMENT, bind, real_stages
 from pipelines.serving.config import ServiceConfig
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class LocalService:
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(need)),
             include_dashboard=False,
+            runtime_env={"env_vars": PROXY_ENVIRONMENT},
             log_to_driver=False,
             logging_level=logging.ERROR,
         )

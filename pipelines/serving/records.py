@@ -7,7 +7,7 @@ Layout under the store:
     tenants/<tenant>/                              an output root as the ledger lays it out: videos/ and runs/
     tenants/<tenant>/inputs/                       where a tenant may put manifests and photos
     tenants/<tenant>/runs/on-demand/requests/<id>.json   a single request, written if absent before it is accepted
-    tenants/<tenant>/runs/on-demand/uploads/<sha256>.jpg its photo, encoded anew
+    tenants/<tenant>/runs/on-demand/uploads/<sha256>.jpg its photo, a JPEG of pixels alone
     tenants/<tenant>/runs/on-demand/removed/<id>   marker: what is left of this request is to be deleted
     tenants/<tenant>/runs/<run_id>/accepted.json   a batch that the service was asked to render
     tenants/<tenant>/runs/<run_id>/ended           marker: every row of it has ended, and its views are written
@@ -69,6 +69,14 @@ class VideoRecord:
             "remixed_from": self.remixed_from,
         }
         return hashlib.sha256(encode_json(asked)).hexdigest()
+
+    def check_repeats(self, earlier: VideoRecord) -> None:
+        """Raise RequestError `idempotency_mismatch` unless the record of the same id before asked for the same."""
+        if self.fingerprint != earlier.fingerprint:
+            raise RequestError(
+                "this Idempotency-Key came with another request before; use a new key for a new request",
+                code="idempotency_mismatch",
+            )
 
     def to_record(self) -> dict[str, Any]:
         """Return the record as a JSON-able dict."""
@@ -136,11 +144,7 @@ class TenantStore:
         if path.write_json_if_absent(record.to_record()):
             return record
         earlier = VideoRecord.from_record(path.read_json())
-        if earlier.fingerprint != record.fingerprint:
-            raise RequestError(
-                "this Idempotency-Key came with another request before; use a new key for a new request",
-                code="idempotency_mismatch",
-            )
+        record.check_repeats(earlier)
         return earlier
 
 

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import logging
 import resource
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,6 @@ from pipelines.serving.records import Job
 if TYPE_CHECKING:
     from pipelines.stages.stage import Stage
 
-PREVIEW_EVERY_S = 0.5
 _REPORT_TIMEOUT_S = 10.0
 
 _log = logging.getLogger(__name__)
@@ -51,13 +49,7 @@ class Renderer:
         return await asyncio.to_thread(self._render, job, run)
 
     def _render(self, job: Job, run: RunConfig) -> dict[str, Any]:
-        drawn_at = 0.0
-
-        def watch(step: int, steps: int, draw: Callable[[], bytes]) -> bool:
-            nonlocal drawn_at
-            preview = None
-            if step > 0 and time.monotonic() - drawn_at > PREVIEW_EVERY_S:
-                preview, drawn_at = draw(), time.monotonic()
+        def report(step: int, steps: int, preview: bytes | None) -> bool:
             try:
                 answer = self.dispatcher.report.remote(job.name, job.epoch, step, steps, preview)
                 return bool(answer.result(timeout_s=_REPORT_TIMEOUT_S))
@@ -67,9 +59,7 @@ class Renderer:
                 _log.warning("step %d of %s could not be reported: %r", step, job.request.row_id, error)
                 return True
 
-        # From here on it is in progress, and no more queued.
-        watch(0, job.request.num_inference_steps, bytes)
-        outcome = self.path.for_job(run, job.epoch, watch).outcome_of(job.request)
+        outcome = self.path.render(job, run, report)
         record = to_record(outcome)
         if record.get("code") == "out_of_memory":
             _free_memory()

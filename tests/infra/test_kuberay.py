@@ -14,6 +14,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from echovideo.model.card import TINY, write_card
+from pipelines.serving.app import PROXY_ENVIRONMENT
 from pipelines.serving.config import ServiceConfig
 
 FOLDER = Path(__file__).parents[2] / "infra/kuberay"
@@ -62,6 +63,7 @@ def test_rayservice_cluster_has_serves_port_rays_version_and_a_gpu_for_each_rend
     for container in containers:
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
         assert ports["serve"] == serve["http_options"]["port"]
+        assert {each["name"]: each["value"] for each in container["env"]} == PROXY_ENVIRONMENT
         assert container["envFrom"] == [{"secretRef": {"name": "echovideo-s3"}}]
     gpus = int(containers[1]["resources"]["limits"]["nvidia.com/gpu"]) * group["replicas"]
     assert gpus == serve["applications"][0]["args"]["num_renderers"]

@@ -18,13 +18,15 @@ from ray.serve.handle import DeploymentHandle
 from pipelines.serving.access import Access, Caller, Scope
 from pipelines.serving.api.problems import ProblemError, retry_after
 from pipelines.serving.config import ServiceConfig
-from pipelines.serving.dispatcher import Refused
+from pipelines.serving.dispatcher import Found, Refused
 
 COOKIE = "echovideo_session"
 CSRF_HEADER = "X-CSRF-Token"
 _ANSWER_S = 20.0
 _REMEMBERED_S = 5.0
 _MOST_REMEMBERED = 10_000
+_LOOKED_UP_AGAIN = retry_after(_REMEMBERED_S)
+"""Asked sooner, the answer about a key or session is the same."""
 
 bearer = HTTPBearer(auto_error=False, description="An API key: ev_...")
 cookie = APIKeyCookie(name=COOKIE, auto_error=False, description="A browser's session; see POST /sign-in.")
@@ -39,10 +41,32 @@ class Service:
         self._dispatcher = dispatcher
         self._faces = faces
         self._callers: dict[bytes, tuple[float, Caller | None]] = {}
+        self._wanted: dict[tuple[str, str], asyncio.Future[Found | None]] = {}
+        self._finding: asyncio.Task[None] | None = None
 
     async def ask(self, method: str, *args: Any, within_s: float = _ANSWER_S) -> Any:
         """Return the dispatcher's answer; raises ProblemError where it refuses, or does not answer."""
         return await _answer(getattr(self._dispatcher, method).remote(*args), within_s)
+
+    async def find(self, tenant: str, video_id: str) -> Found | None:
+        """Return a video, None if the tenant has none of that id; all that are wanted meanwhile share the next call."""
+        found = self._wanted.setdefault((tenant, video_id), asyncio.get_running_loop().create_future())
+        if self._finding is None or self._finding.done():
+            self._finding = asyncio.create_task(self._find_wanted())
+        return await asyncio.shield(found)
+
+    async def _find_wanted(self) -> None:
+        while self._wanted:
+            wanted, self._wanted = self._wanted, {}
+            try:
+                answers = await self.ask("find", list(wanted))
+            except Exception as error:
+                # Each caller is told, and answers for itself.
+                for future in wanted.values():
+                    future.set_exception(error)
+            else:
+                for future, answer in zip(wanted.values(), answers, strict=True):
+                    future.set_result(answer)
 
     async def check_face(self, photo: bytes) -> dict[str, Any]:
         """Return the identity document of a cleaned photo."""
@@ -73,7 +97,7 @@ class Service:
         return self.access.caller_of_session(session) if session else None
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:
     """Return the service that the application was made with."""
     service: Service = request.app.state.service
     return service
@@ -94,7 +118,7 @@ def needs(scope: Scope) -> Callable[..., Awaitable[Caller]]:
         if caller is None:
             raise _unauthenticated("the API key or the session is not, or no longer, valid")
         if scope not in caller.key.scopes:
-            raise ProblemError(403, "forbidden", f"this needs a key with the scope {scope!r}")
+            raise ProblemError(403, "forbidden", f"this needs a key with the scope {scope!r}", headers=_LOOKED_UP_AGAIN)
         if caller.session is not None and request.method not in ("GET", "HEAD"):
             _check_same_site(request, caller.session.csrf_token)
         return caller
@@ -112,12 +136,15 @@ def _check_same_site(request: Request, csrf_token: str) -> None:
     sent = request.headers.get(CSRF_HEADER, "")
     if not hmac.compare_digest(sent.encode(), csrf_token.encode()):
         raise ProblemError(
-            403, "csrf", f"a browser's request needs {CSRF_HEADER} with the csrf_token of GET /v1/session"
+            403,
+            "csrf",
+            f"a browser's request needs {CSRF_HEADER} with the csrf_token of GET /v1/session",
+            headers=_LOOKED_UP_AGAIN,
         )
 
 
 def _unauthenticated(message: str) -> ProblemError:
-    return ProblemError(401, "unauthenticated", message, headers={"WWW-Authenticate": "Bearer"})
+    return ProblemError(401, "unauthenticated", message, headers={"WWW-Authenticate": "Bearer", **_LOOKED_UP_AGAIN})
 
 
 async def _answer(response: Awaitable[Any], within_s: float) -> Any:

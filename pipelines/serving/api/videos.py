@@ -39,6 +39,7 @@ from pipelines.serving.api.schemas import (
     VideosDeleted,
 )
 from pipelines.serving.api.service import Admin, Maker, Reader, Service, ServiceHere, needs
+from pipelines.serving.dispatcher import Found
 from pipelines.serving.photos import clean_photo, data_url, photo_of_text
 from pipelines.serving.records import TenantStore, VideoRecord, new_video_id
 from pipelines.storage import StoragePath
@@ -311,12 +312,8 @@ async def estimate(
     return await service.ask("estimate", wanted)
 
 
-async def _find(
-    service: Service, caller: Caller, video_id: str
-) -> tuple[VideoRecord, dict[str, Any], RowOutcome | None]:
-    found: tuple[VideoRecord, dict[str, Any], RowOutcome | None] | None = await service.ask(
-        "video", caller.key.tenant, video_id
-    )
+async def _find(service: Service, caller: Caller, video_id: str) -> Found:
+    found = await service.find(caller.key.tenant, video_id)
     if found is None:
         raise not_found(f"video {video_id}")
     return found
@@ -332,7 +329,7 @@ async def _accept(
     *,
     remixed_from: str | None = None,
 ) -> Any:
-    """Let a request in, write its record, and have it queued."""
+    """Have a request let in, written and queued."""
     tenant = caller.key.tenant
     video_id = new_video_id(tenant, idempotency_key)
     record = VideoRecord(
@@ -344,13 +341,7 @@ async def _accept(
         nonce=secrets.token_hex(8),
         remixed_from=remixed_from,
     )
-    await service.ask("admit", tenant, caller.key, video_id, photo_sha256)
-    try:
-        stands = await asyncio.to_thread(TenantStore(service.config, tenant).accept, record, photo)
-    except Exception:
-        await service.ask("forget_admission", tenant, video_id)
-        raise
-    return await service.ask("enqueue", stands)
+    return await service.ask("accept", record, caller.key, photo)
 
 
 def _render_request(asked: VideoCreate) -> RenderRequest:

@@ -2,6 +2,7 @@
 
 const trouble = document.getElementById("trouble");
 let csrfToken = "";
+let scopes = [];
 
 /** What the service answers instead of what was asked for: its status, its stable code, and words for people. */
 export class Problem extends Error {
@@ -51,12 +52,16 @@ export async function signIn() {
   try {
     const session = await get("v1/session");
     csrfToken = session.csrf_token ?? "";
+    scopes = session.scopes;
     return session;
   } catch (error) {
     if (error.status === 401) return null;
     throw error;
   }
 }
+
+/** Return whether who is signed in has a scope. */
+export const may = (scope) => scopes.includes(scope);
 
 /** Resolve after some milliseconds; reject once the signal says that nobody waits any more. */
 export function pause(milliseconds, signal) {

@@ -1,7 +1,8 @@
 // What was made before: videos, page by page, and batches with their reports.
 
-import { get, pause, send } from "./api.js";
-import { hasEnded, reasonOf, standing, when } from "./words.js";
+import { get, may, pause, send } from "./api.js";
+import { confirmed } from "./confirm.js";
+import { hasEnded, reasonOf, sentence, standing, when } from "./words.js";
 
 const PAGE = 12;
 const ASK_EVERY_MS = 3000;
@@ -85,27 +86,58 @@ function fill(tile, video) {
   screen.querySelector("span").textContent = video.has_content ? `${Number(video.seconds).toFixed(1)} s` : words;
 }
 
-/** Show the tenant's batches, the newest first. */
+/** Show the tenant's batches, the newest first, and start others. */
 export async function showBatches(signal) {
   const cards = new Map();
   $("batch-cards").replaceChildren();
+
+  function put(batch) {
+    const written = JSON.stringify(batch);
+    const shown = cards.get(batch.id);
+    if (shown?.written === written) return;
+    const card = batchCard(batch, put, drop);
+    if (shown) shown.card.replaceWith(card);
+    else $("batch-cards").prepend(card);
+    cards.set(batch.id, { card, written });
+    $("no-batches").hidden = true;
+  }
+
+  function drop(id) {
+    cards.get(id)?.card.remove();
+    cards.delete(id);
+    $("no-batches").hidden = cards.size > 0;
+  }
+
+  $("start-batch").onsubmit = async (event) => {
+    event.preventDefault();
+    const manifest = $("manifest").value.trim();
+    try {
+      complain(manifest ? "" : "Say which manifest is to be rendered.");
+      if (!manifest) return;
+      put(await send("POST", "v1/batches", { manifest }));
+      $("manifest").value = "";
+    } catch (error) {
+      complain(sentence(error.message));
+    }
+  };
   for (;;) {
     const { data } = await get("v1/batches", signal);
     $("no-batches").hidden = data.length > 0;
-    for (const batch of data) {
-      const written = JSON.stringify(batch);
-      if (cards.get(batch.id)?.written === written) continue;
-      const card = batchCard(batch);
-      if (cards.has(batch.id)) cards.get(batch.id).card.replaceWith(card);
-      else $("batch-cards").append(card);
-      cards.set(batch.id, { card, written });
-    }
+    for (const id of [...cards.keys()]) if (!data.some((batch) => batch.id === id)) drop(id);
+    // The oldest first, so that each new one goes to the front in its turn.
+    for (const batch of data.reverse()) put(batch);
     do await pause(ASK_EVERY_MS, signal);
     while (document.hidden);
   }
 }
 
-function batchCard(batch) {
+function complain(words) {
+  $("manifest-error").textContent = words;
+  $("manifest").setAttribute("aria-invalid", String(words !== ""));
+  if (words) $("manifest").focus();
+}
+
+function batchCard(batch, put, drop) {
   const card = fresh("batch");
   const [look, label] = STANDINGS[batch.status];
   card.classList.add(look);
@@ -133,19 +165,30 @@ function batchCard(batch) {
     link.setAttribute("aria-label", `${text} of ${batch.manifest}`);
     actions.append(link);
   }
-  if (batch.status === "in_progress") {
-    const cancel = Object.assign(document.createElement("button"), { textContent: "Cancel" });
-    cancel.setAttribute("aria-label", `Cancel ${batch.manifest}`);
-    cancel.onclick = async () => {
-      cancel.disabled = true;
+  const button = (text, act) => {
+    const made = Object.assign(document.createElement("button"), { textContent: text });
+    made.setAttribute("aria-label", `${text} ${batch.manifest}`);
+    made.onclick = async () => {
       try {
-        card.replaceWith(batchCard(await send("POST", `v1/batches/${batch.id}/cancel`)));
+        await act();
       } catch (error) {
         card.querySelector(".reason").hidden = false;
         card.querySelector(".reason").replaceChildren(...reasonOf(error));
       }
     };
-    actions.append(cancel);
+    actions.append(made);
+  };
+  const path = `v1/batches/${batch.id}`;
+  if (batch.status === "in_progress" && may("render")) {
+    button("Cancel", async () => put(await send("POST", `${path}/cancel`)));
+  }
+  if (["completed", "cancelled", "failed"].includes(batch.status) && may("admin")) {
+    button("Delete", async () => {
+      if (!(await confirmed("Delete this batch?", "Its report and every video that nothing else refers to are deleted."))) return;
+      await send("DELETE", path);
+      drop(batch.id);
+      $("batches").querySelector("h1").focus();
+    });
   }
   return card;
 }

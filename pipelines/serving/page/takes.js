@@ -1,11 +1,13 @@
 // Videos side by side: what happens to them, and what can be done with them.
 
 import { get, pause, send } from "./api.js";
+import { confirmed } from "./confirm.js";
 import { day, hasEnded, reasonOf, roughly, sentence, standing, when } from "./words.js";
 
 // A browser has six connections to a server over HTTP/1.1, for all of its tabs: the rest is asked for in turn.
 const MOST_STREAMS = 2;
 const ASK_EVERY_MS = 1500;
+const LAST = "The video and its record are deleted, and the photo with the last video made of it.";
 
 const list = document.getElementById("take-cards");
 const news = document.getElementById("takes-news");
@@ -114,7 +116,7 @@ export function show(ids, signal, opened) {
     // Buttons stay enabled, because a disabled one loses the focus.
     take.busy = true;
     try {
-      if (button.dataset.do !== "delete" || (await confirmed())) await act(take, button.dataset.do);
+      if (button.dataset.do !== "delete" || (await confirmed("Delete this video?", LAST))) await act(take, button.dataset.do);
     } catch (error) {
       take.complain(error);
     } finally {
@@ -134,15 +136,6 @@ export function show(ids, signal, opened) {
     for (const id of [...streams.keys()]) drop(id);
   });
   return follow();
-}
-
-function confirmed() {
-  const dialog = document.getElementById("confirm");
-  dialog.returnValue = "keep";
-  dialog.showModal();
-  return new Promise((resolve) => {
-    dialog.addEventListener("close", () => resolve(dialog.returnValue === "delete"), { once: true });
-  });
 }
 
 class Take {

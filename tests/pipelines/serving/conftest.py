@@ -25,9 +25,10 @@ from echovideo.faces.analyzer import FaceAnalyzer
 from echovideo.faces.packs import open_pack
 from echovideo.model.card import ModelCard, write_card
 from pipelines.serving.access import Access
-from pipelines.serving.app import bind
+from pipelines.serving.app import PROXY_ENVIRONMENT, bind
 from pipelines.serving.config import ServiceConfig
 from pipelines.stages.stage import Stage
+from pipelines.storage import StorageOptions
 
 SHAPE = {"size": "96x96", "num_frames": 17, "num_inference_steps": 10}
 ENDED = ("completed", "failed")
@@ -143,10 +144,19 @@ def stub_model(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, astr
 
 
 @pytest.fixture(scope="package")
-def serve_port() -> Iterator[int]:
-    """A local Ray with Serve's HTTP proxy on a free port; tests that need another Ray come later, and end this one."""
+def serve_port(s3_options: StorageOptions) -> Iterator[int]:
+    """A local Ray with Serve's HTTP proxy on a free port; tests that need another Ray come later, and end this one.
+
+    The S3 server comes first, because its keys must be in the environment of whoever is to use it.
+    """
     port = free_port()
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": PROXY_ENVIRONMENT},
+    )
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     yield port
     if ray.is_initialized():

@@ -60,13 +60,15 @@ def test_call_without_a_valid_key_is_answered_401_before_its_body_is_looked_at(s
     for headers in ({}, {"Authorization": "Bearer ev_0_0"}, {"Cookie": "echovideo_session=x"}):
         answer = httpx.post(f"{stub.url}/v1/videos", content=b"{", headers=headers)
         assert (answer.status_code, answer.json()["code"]) == (401, "unauthenticated")
-        assert answer.headers["www-authenticate"] == "Bearer"
+        assert (answer.headers["www-authenticate"], answer.headers["retry-after"]) == ("Bearer", "5")
 
 
 def test_key_without_the_scope_is_answered_403(stub: Running, astronaut_png: bytes) -> None:
     with stub.client_of("studio", "read") as reader, stub.client_of("studio", "render") as maker:
         asked = {"data": {"prompt": "p", **SHAPE}, "files": {"photo": ("p.png", astronaut_png)}}
-        assert reader.post("/v1/videos", **asked).status_code == 403
+        refused = reader.post("/v1/videos", **asked)
+        assert (refused.status_code, refused.json()["code"]) == (403, "forbidden")
+        assert refused.headers["retry-after"] == "5"
         assert reader.get("/v1/videos").status_code == 200
         assert maker.get("/v1/videos").status_code == 403
         assert reader.get("/metrics").status_code == 403
@@ -119,6 +121,7 @@ def test_sign_in_link_becomes_a_cookie_that_changes_nothing_without_its_token(
         for headers in ({}, {"X-CSRF-Token": "x"}):
             refused = browser.post("/v1/videos", **asked, headers=headers)
             assert (refused.status_code, refused.json()["code"]) == (403, "csrf")
+            assert refused.headers["retry-after"] == "5"
         csrf = {"X-CSRF-Token": session["csrf_token"]}
         assert browser.post("/v1/videos", **asked, headers=csrf).status_code == 202
         assert browser.get("/v1/videos").status_code == 200

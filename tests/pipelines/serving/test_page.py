@@ -70,8 +70,8 @@ class Person:
         for video_id in video_ids:
             wait_until(lambda name=video_id: self.view(name)["status"] in ("completed", "failed"))  # type: ignore[misc]
 
-    def make_batch(self) -> str:
-        """A batch that has ended, with a report."""
+    def put_manifest(self) -> str:
+        """A manifest of two rows, one of which is refused, among the tenant's inputs."""
         manifest = self.service.tenant(self.tenant) / "inputs" / "two rows.parquet"
         manifest.parent.mkdir(parents=True, exist_ok=True)
         shape = {"height": 96, "width": 96, "num_frames": 17, "num_inference_steps": 10}
@@ -80,7 +80,11 @@ class Person:
             for i, tier in enumerate(("exact", "high"))
         ]
         write_manifest(rows, StoragePath.parse(str(manifest)))
-        batch_id: str = self.client.post("/v1/batches", json={"manifest": manifest.name}).json()["id"]
+        return manifest.name
+
+    def make_batch(self) -> str:
+        """A batch that has ended, with a report."""
+        batch_id: str = self.client.post("/v1/batches", json={"manifest": self.put_manifest()}).json()["id"]
         wait_until(lambda: self.client.get(f"/v1/batches/{batch_id}").json()["status"] == "completed")
         return batch_id
 
@@ -370,6 +374,35 @@ def test_batch_is_listed_with_its_counts_and_its_report_opens(person: Person) ->
     card.get_by_role("link", name="Report").click()
     expect(page.get_by_text("EchoVideo run report")).to_be_visible()
     assert play(page.locator("video"))["width"] == 96
+
+
+def test_batch_is_started_and_deleted_in_the_page(person: Person) -> None:
+    manifest = person.put_manifest()
+    page = person.sign_in()
+    page.get_by_role("link", name="Batches").click()
+    expect(page.get_by_text("No batches yet.")).to_be_visible()
+    field, send = page.get_by_label("Manifest"), page.get_by_role("button", name="Render the manifest")
+    for wrong, complaint in (
+        ("", "Say which manifest is to be rendered."),
+        ("none.parquet", re.compile("no such file")),
+    ):
+        field.fill(wrong)
+        send.click()
+        expect(field).to_be_focused()
+        expect(field).to_have_accessible_description(complaint)
+    field.fill(manifest)
+    send.click()
+    card = page.locator(".batch")
+    expect(card).to_contain_text("1 finished, 1 refused")
+    expect(field).to_have_value("")
+    card.get_by_role("button", name="Delete").click()
+    page.get_by_role("dialog").get_by_role("button", name="Keep it").click()
+    expect(card).to_have_count(1)
+    card.get_by_role("button", name="Delete").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(card).to_have_count(0)
+    expect(page.get_by_role("heading", name="Batches")).to_be_focused()
+    assert person.client.get("/v1/batches").json()["data"] == []
 
 
 def test_keyboard_alone_makes_a_video_and_deletes_it(person: Person, photo: FilePayload) -> None:

@@ -1,10 +1,11 @@
-"""The whole path with the tiny model's real networks, as a web team's client meets it."""
+"""The whole path with the tiny model's real networks and a store on S3, as a web team and a person meet it."""
 
 from __future__ import annotations
 
 import base64
 import io
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 import openai
 import pytest
 from PIL import Image
+from playwright.sync_api import Browser, expect
 from ray import serve
 
 from echovideo.request import RenderRequest
@@ -23,17 +25,24 @@ from pipelines.outcome import Rejected
 from pipelines.serving.app import bind
 from pipelines.serving.config import ServiceConfig
 from pipelines.serving.records import TenantStore, VideoRecord
+from pipelines.storage import StorageOptions
 from tests.pipelines.serving.conftest import Running, running, wait_until
 
 OLD = "video_" + "0" * 24
+PATIENCE_MS = 60_000
 SHAPE = {"num_inference_steps": 6, "seed": 5}
 
 
 @pytest.fixture(scope="module")
-def tiny(serve_port: int, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The service with the tiny model."""
-    store = tmp_path_factory.mktemp("tiny") / "store"
-    config = ServiceConfig.of_model(str(tiny_folder), store=str(store), retention_days=1, secure_cookies=False)
+def tiny(serve_port: int, tiny_folder: Path, s3_options: StorageOptions) -> Iterator[Running]:
+    """The service with the tiny model, whose store is a prefix of an S3 bucket."""
+    config = ServiceConfig.of_model(
+        str(tiny_folder),
+        store=f"s3://echovideo/{secrets.token_hex(8)}",
+        storage=s3_options,
+        retention_days=1,
+        secure_cookies=False,
+    )
     put_old_request(config)
     serve.run(bind(config), name="tiny", route_prefix="/tiny")
     yield running(f"http://127.0.0.1:{serve_port}/tiny", config)
@@ -53,8 +62,8 @@ def put_old_request(config: ServiceConfig) -> None:
 
 
 def test_video_older_than_its_retention_is_deleted_with_its_photo(tiny: Running) -> None:
-    folder = tiny.tenant("old") / "runs/on-demand"
-    wait_until(lambda: not any((folder / name).is_file() for name in (f"requests/{OLD}.json", "uploads/0.jpg")))
+    folder = tiny.config.tenant_root("old") / "runs/on-demand"
+    wait_until(lambda: not any((folder / name).exists() for name in (f"requests/{OLD}.json", "uploads/0.jpg")))
     wait_until(lambda: not (folder / "removed" / OLD).exists())
     assert not (folder / "outcomes" / f"{OLD}.json").exists()
 
@@ -75,7 +84,7 @@ def test_photo_check_shows_the_face_that_the_model_will_see(tiny: Running, astro
         assert max(crop.getpixel((4, 4))) < 16
         assert min(crop.getpixel((256, 300))) > 40
     # Nothing of it is kept.
-    assert not tiny.tenant().exists()
+    assert tiny.config.tenant_root("studio").list_files() == []
 
 
 def test_photo_check_of_a_photo_without_a_face_says_why(tiny: Running) -> None:
@@ -108,11 +117,17 @@ def test_openai_client_gets_a_video_of_the_tiny_model_with_previews_on_the_way(
             events = [line for line in stream.iter_lines() if line.startswith("event: ")]
         ended = client.videos.retrieve(video.id)
         assert ended.status == "completed", ended.error
-        frames = decode_mp4(client.videos.download_content(video.id).read())
-    assert frames.shape == (17, 96, 160, 3)
+        mp4 = client.videos.download_content(video.id).read()
+    assert decode_mp4(mp4).shape == (17, 96, 160, 3)
+    part = tiny.client.get(f"/v1/videos/{video.id}/content", headers={"Range": "bytes=100-199"})
+    assert (part.status_code, part.content) == (206, mp4[100:200])
     assert "event: preview" in events
     record = tiny.client.get(f"/v1/videos/{video.id}/record").json()
     assert record["seed"] == 5
+    root = tiny.config.tenant_root("studio")
+    assert (root / "videos" / record["file"][:2] / record["file"]).read_bytes() == mp4
+    for kind in ("requests", "outcomes"):
+        assert (root / "runs/on-demand" / kind / f"{video.id}.json").exists()
     assert record["model"]["name"] == "tiny-1"
     view = tiny.view(video.id)
     assert view["steps"] == 6
@@ -134,6 +149,43 @@ def test_options_and_estimate_say_what_a_form_needs(tiny: Running) -> None:
     estimate = tiny.client.get("/v1/estimate", params={"size": "160x96", "num_frames": 17, "num_inference_steps": 6})
     assert estimate.json()["render_seconds"] > 0
     assert estimate.json()["queue_seconds"] == 0
+
+
+def test_person_gets_a_video_of_the_tiny_model_in_the_page(
+    tiny: Running, browser: Browser, astronaut_png: bytes
+) -> None:
+    context = browser.new_context()
+    context.set_default_timeout(PATIENCE_MS)
+    expect.set_options(timeout=PATIENCE_MS)
+    page = context.new_page()
+    page.goto(tiny.url + tiny.client.post("/v1/sign-in-links").json()["path"])
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_text("Videos made here are noise, and that is expected.")).to_be_visible()
+    page.set_input_files("#photo", {"name": "photo.png", "mimeType": "image/png", "buffer": astronaut_png})
+    expect(page.get_by_text("This face can be used")).to_be_visible()
+    crop = page.get_by_alt_text("The face as the model will see it")
+    assert crop.evaluate("image => image.decode().then(() => image.naturalWidth)") == 512
+    page.get_by_label("What happens").fill("A woman waves from the page")
+    # The sizes that people are offered take the tiny model minutes.
+    page.evaluate("document.getElementById('size').append(new Option('96x96'))")
+    page.get_by_label("Size").select_option("96x96")
+    page.get_by_label("Length").select_option("17")
+    page.get_by_text("More settings").click()
+    page.get_by_label("Steps").fill("6")
+    page.get_by_label("Seed").fill("11")
+    page.get_by_role("button", name="Make the video").click()
+    video = page.locator("video")
+    expect(video).to_be_visible()
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download").click()
+    assert decode_mp4(Path(download.value.path()).read_bytes()).shape == (17, 96, 96, 3)
+    page.get_by_text("How it was made").click()
+    facts = page.locator(".record .facts")
+    expect(facts).to_contain_text("A woman waves from the page")
+    expect(facts).to_contain_text("tiny-1")
+    page.get_by_role("link", name="Videos").click()
+    expect(page.get_by_role("link", name="A woman waves from the page")).to_be_visible()
+    context.close()
 
 
 def test_application_and_ingress_load_without_torch() -> None:
