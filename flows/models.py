@@ -33,7 +33,7 @@ def find_model(model: str, models: Path) -> Path:
         if built.is_dir():
             return built.resolve()
         # Building a model needs torch and transformers, which most commands never load.
-        from echovideo.tiny import ensure_tiny
+        from echovideo.tiny.folder import ensure_tiny
 
         return ensure_tiny(models.expanduser()).resolve()
     folder = Path(model).expanduser()

@@ -11,7 +11,7 @@ import skimage.data
 import torch
 from PIL import Image
 
-from echovideo.tiny import ensure_tiny
+from echovideo.tiny.folder import ensure_tiny
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -20,24 +20,12 @@ from numpy.typing import NDArray
 from echovideo.errors import PhotoRefusedError, RequestError
 from echovideo.faces.mtcnn import Detections, MtcnnDetector
 from echovideo.faces.packs import EMBEDDED_KIND, FacePack
-from echovideo.faces.parsing import FACE_SIDE
 from echovideo.faces.photo import decode_photo
+from echovideo.faces.templates import ALIGNED_POINTS, FACE_SIDE, RECOGNITION_SIDE
 from echovideo.request import FacePolicy
 
 MAX_DETECTION_SIDE = 1024
-RECOGNITION_SIDE = 112
 
-# The 96x112 ArcFace template (eyes, nose, mouth corners), each axis stretched to 512: the published alignment.
-_ALIGNED_POINTS = np.array(
-    [
-        [30.2946, 51.6963],
-        [65.5318, 51.5014],
-        [48.0252, 71.7366],
-        [33.5493, 92.3655],
-        [62.7299, 92.2041],
-    ],
-    dtype=np.float32,
-) * np.array([FACE_SIDE / 96, FACE_SIDE / 112], dtype=np.float32)
 # facexlib's grey for what lies outside the photo, RGB; the parser takes it for background.
 _OUTSIDE = (132, 133, 135)
 # The same five points on a generic head, in half eye distances: right, down, towards the camera.
@@ -297,7 +285,7 @@ def similarity(pack: str, first: NDArray[np.float32], second: NDArray[np.float32
 
 def align_face(image: NDArray[np.uint8], points: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Return the (512, 512, 3) face that the similarity from five points (5, 2) cuts from an (H, W, 3) RGB image."""
-    matrix, _ = cv2.estimateAffinePartial2D(points, _ALIGNED_POINTS, method=cv2.LMEDS)
+    matrix, _ = cv2.estimateAffinePartial2D(points, np.array(ALIGNED_POINTS, dtype=np.float32), method=cv2.LMEDS)
     aligned = cv2.warpAffine(
         image,
         matrix,

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from echovideo.errors import WeightsError
-
-FACE_SIDE = 512
+from echovideo.faces.templates import FACE_SIDE
 
 # CelebAMask-HQ labels painted black: background, ears, earring, neck, necklace, cloth, hat. Skin, brows, eyes, glasses,
 # nose, mouth, lips and hair stay.

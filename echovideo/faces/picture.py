@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from echovideo.faces.analyzer import Identity
-from echovideo.faces.parsing import FACE_SIDE
+from echovideo.faces.templates import FACE_SIDE
 
 _TEXT_WIDTH = 320
 _BOX_COLOUR, _POINT_COLOUR, _TEXT_COLOUR = (80, 220, 120), (255, 80, 80), (235, 235, 235)

@@ -119,6 +119,12 @@ class MasterAdamW:
                 for name, parameter in self.parameters.items():
                     _local(parameter).copy_(_local(own.get(name, self.masters[name])))
 
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Leave the model with the averaged weights, if there are any; the optimizer is of no use after it."""
+        for name, average in self.averages.items():
+            _local(self.parameters[name]).copy_(_local(average))
+
     def state(self) -> dict[str, Mapping[str, torch.Tensor] | torch.Tensor]:
         """Return all that has to outlive the process, as the tensors themselves; averages are absent where off."""
         return {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from echovideo import EchoVideoPipeline
 from echovideo.model.card import folder_digest
-from echovideo.tiny import ensure_tiny
+from echovideo.tiny.folder import ensure_tiny
 
 
 def test_tiny_model_has_at_most_13_million_parameters(tiny_folder: Path) -> None:
@@ -16,7 +16,7 @@ def test_tiny_model_has_at_most_13_million_parameters(tiny_folder: Path) -> None
 
 def test_tiny_model_built_in_another_process_is_the_same_to_the_byte(tiny_folder: Path, tmp_path: Path) -> None:
     # In a process of its own with another hash seed, where sets have another order.
-    script = "import sys, pathlib, echovideo.tiny; echovideo.tiny.build_tiny(pathlib.Path(sys.argv[1]))"
+    script = "import sys, pathlib, echovideo.tiny.folder as folder; folder.build_tiny(pathlib.Path(sys.argv[1]))"
     seed = "1" if os.environ.get("PYTHONHASHSEED") == "2" else "2"
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": paths}

@@ -22,7 +22,7 @@ import skimage.data
 from PIL import Image
 
 from echovideo.request import RenderRequest
-from echovideo.tiny import ensure_tiny
+from echovideo.tiny.folder import ensure_tiny
 from pipelines.manifest import write_manifest
 from pipelines.storage import StoragePath
 

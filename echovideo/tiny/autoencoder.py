@@ -1,0 +1,228 @@
+"""Trains the tiny model's video autoencoder on drawn clips and faces, and measures it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLCogVideoX
+from torch import Tensor
+
+from echovideo.synthetic.clip import ClipCondition, sample_conditions, scene_curves
+from echovideo.synthetic.draw import Drawing
+from echovideo.synthetic.person import PARAMETERS, SPLITS, identity_parameters
+from echovideo.tiny.drawing import TEST_CLIPS, draw_clips, draw_people, draw_photos, noisy_points
+from echovideo.tiny.faces import face_image
+from echovideo.tiny.parts import FRAMES, SIDE, fresh_vae
+from echovideo.tiny.progress import THOUSANDTHS, Progress, timed_settings
+from echovideo.training.optimizer import MasterAdamW
+
+_ROUGHNESS = 0.01
+_EDGE_WEIGHT = 0.5
+# Many small kernels draw a clip, and about as many draw a batch.
+_DRAW_EVERY = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """A part of the training, until a share `until` of its time is over: `clips` clips a step, `frames` long.
+
+    They are cut to `side` pixels square.
+    """
+
+    until: float
+    clips: int
+    frames: int = FRAMES
+    side: int = SIDE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AutoencoderSettings:
+    """How the autoencoder is trained: on small pieces first, which cost a quarter, then on whole clips.
+
+    Every fourth step draws `fresh` clips and faces into a store of the last `kept`; all take theirs from there.
+    `kl_weight` multiplies the mean divergence of a latent number from the normal distribution.
+    """
+
+    seconds: float
+    seed: int = 1
+    phases: tuple[Phase, ...] = (Phase(until=0.45, clips=48, frames=9, side=64), Phase(until=1.0, clips=24))
+    fresh: int = 24
+    kept: int = 1536
+    learning_rate: float = 1e-3
+    kl_weight: float = 1e-4
+
+
+class _Store:
+    """The last drawn clips and faces, on the device as bytes, and what each pixel's error weighs."""
+
+    def __init__(self, settings: AutoencoderSettings, device: torch.device, generator: torch.Generator) -> None:
+        self._settings, self._device, self._generator = settings, device, generator
+        self._drawn = 0
+        # BCFHW, and what each pixel weighs.
+        self._clips = torch.empty(settings.kept, 3, FRAMES, SIDE, SIDE, dtype=torch.uint8, device=device)
+        self._weights = torch.empty(settings.kept, FRAMES, SIDE, SIDE, dtype=torch.float16, device=device)
+        self._faces = torch.empty(settings.kept, 3, 1, SIDE, SIDE, dtype=torch.uint8, device=device)
+
+    def draw(self) -> None:
+        """Draw new clips and faces in the place of the oldest."""
+        settings, device = self._settings, self._device
+        seeds = range(self._drawn, self._drawn + settings.fresh)
+        people = [seed % len(SPLITS["train"]) for seed in seeds]
+        drawing, conditions = draw_clips(people, seeds, device)
+        photos = draw_photos(people, conditions, device)
+        faces = face_image(photos, noisy_points(photos, self._generator), SIDE)
+        at = torch.arange(self._drawn, self._drawn + settings.fresh, device=device) % settings.kept
+        self._clips[at] = _as_bytes(drawing.frames_BFCHW.transpose(1, 2))
+        self._weights[at] = 0.75 + 0.75 * drawing.face_BFHW.half()
+        self._faces[at] = _as_bytes(faces[:, :, None])
+        self._drawn += settings.fresh
+
+    def take(self, phase: Phase) -> tuple[Tensor, Tensor, Tensor]:
+        """Return clips (B, 3, F, side, side) and faces (B, 3, 1, 96, 96), -1 to 1, and the weight of clips' pixels."""
+        available = min(self._drawn, self._settings.kept)
+
+        def chosen() -> Tensor:
+            return torch.randint(available, (phase.clips,), generator=self._generator, device=self._device)
+
+        def cut(whole: int, part: int) -> slice:
+            # On the CPU, so that nothing waits for the device.
+            start = int(torch.randint(whole - part + 1, ()))
+            return slice(start, start + part)
+
+        at = chosen()
+        frames, rows, columns = cut(FRAMES, phase.frames), cut(SIDE, phase.side), cut(SIDE, phase.side)
+        clips = self._clips[at, :, frames, rows, columns].float() / 127.5 - 1
+        faces = self._faces[chosen()].float() / 127.5 - 1
+        return clips, faces, self._weights[at, frames, rows, columns].float()
+
+
+def train_autoencoder(
+    settings: AutoencoderSettings, device: torch.device, start: AutoencoderKLCogVideoX | None = None
+) -> AutoencoderKLCogVideoX:
+    """Return the autoencoder with averaged weights, bfloat16 on `device`; `start` goes on from other weights."""
+    torch.manual_seed(settings.seed)
+    vae = (start or fresh_vae()).to(device, torch.bfloat16).train().requires_grad_(True)
+    told = timed_settings("autoencoder", settings.phases[-1].clips, settings.learning_rate, decay=0.998)
+    optimizer = MasterAdamW(vae.named_parameters(), told)
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    store = _Store(settings, device, generator)
+    for _ in range(max(1, settings.kept // settings.fresh // 4)):
+        store.draw()
+    progress = Progress(name="autoencoder", seconds=settings.seconds)
+    while (share := progress.share) < 1:
+        if progress.steps % _DRAW_EVERY == 0:
+            store.draw()
+        clips, faces, weights = store.take(next(phase for phase in settings.phases if share < phase.until))
+        loss, error = _loss(vae, clips, weights, settings.kl_weight, generator)
+        loss.backward()
+        face_loss, face_error = _loss(vae, faces, torch.full_like(faces[:, 0], 0.25), settings.kl_weight, generator)
+        face_loss.backward()
+        (loss,), norm, _ = optimizer.step(int(share * THOUSANDTHS), loss[None])
+        # From -1 to 1 the range is 2.
+        progress.stepped(
+            loss=loss,
+            gradient=norm,
+            psnr=10 * torch.log10(4 / error),
+            faces=10 * torch.log10(4 / face_error),
+        )
+    optimizer.finish()
+    return vae.eval().requires_grad_(False)
+
+
+def _loss(
+    vae: AutoencoderKLCogVideoX, video_BCFHW: Tensor, weight_BFHW: Tensor, kl_weight: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of a video and the mean squared error that is part of it."""
+    posterior = vae.encode(video_BCFHW.bfloat16()).latent_dist
+    noise = torch.randn(
+        posterior.mean.shape, generator=generator, device=video_BCFHW.device, dtype=posterior.mean.dtype
+    )
+    decoded = vae.decode(posterior.mean + posterior.std * noise).sample.float()
+    mean, log_variance = posterior.mean.float(), posterior.logvar.float()
+    divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    loss = reconstruction_loss(decoded, video_BCFHW, weight_BFHW) + kl_weight * divergence
+    return loss, F.mse_loss(decoded.detach(), video_BCFHW)
+
+
+def reconstruction_loss(decoded_BCFHW: Tensor, video_BCFHW: Tensor, weight_BFHW: Tensor) -> Tensor:
+    """Return the weighted mean of a smooth absolute error (Charbonnier) of pixels and of their differences."""
+    difference = decoded_BCFHW - video_BCFHW
+    weight = weight_BFHW[:, None]
+    pixels = (torch.sqrt(difference.square() + _ROUGHNESS**2) * weight).mean()
+    across = torch.sqrt(difference.diff(dim=-1).square() + _ROUGHNESS**2).mean()
+    down = torch.sqrt(difference.diff(dim=-2).square() + _ROUGHNESS**2).mean()
+    return pixels + _EDGE_WEIGHT * (across + down)
+
+
+def _video(drawing: Drawing) -> Tensor:
+    return drawing.frames_BFCHW.transpose(1, 2) * 2 - 1
+
+
+def _as_bytes(picture: Tensor) -> Tensor:
+    return (picture * 255).round().byte()
+
+
+@torch.inference_mode()
+def reconstruct(vae: AutoencoderKLCogVideoX, video_BCFHW: Tensor) -> Tensor:
+    """Return what the autoencoder makes of a video from its posterior's mean, -1 to 1."""
+    like = next(vae.parameters())
+    mean = vae.encode(video_BCFHW.to(like)).latent_dist.mean
+    decoded: Tensor = vae.decode(mean).sample.float().clamp(-1, 1)
+    return decoded
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AutoencoderMeasures:
+    """Mean PSNR of clips and of faces, dB; the share of freckles and moles that is left; the latents' deviation.
+
+    That share is of the difference that the marks make in a face's pixels: its projection, after the autoencoder, onto
+    what it was before.
+    """
+
+    clips_psnr: float
+    faces_psnr: float
+    marks_left: float
+    latents_deviation: float
+
+
+@torch.inference_mode()
+def measure_autoencoder(vae: AutoencoderKLCogVideoX, device: torch.device, clips: int = 64) -> AutoencoderMeasures:
+    """Return what the autoencoder keeps of test people."""
+    people = SPLITS["test"][20_000 : 20_000 + clips]
+    seeds = range(TEST_CLIPS, TEST_CLIPS + clips)
+    psnr, deviations = [], []
+    for start in range(0, clips, 16):
+        drawing, _ = draw_clips(people[start : start + 16], seeds[start : start + 16], device)
+        video = _video(drawing)
+        error = (reconstruct(vae, video) - video).square().mean(dim=(1, 2, 3, 4))
+        psnr.append(10 * torch.log10(4 / error))
+        like = next(vae.parameters())
+        deviations.append(vae.encode(video.to(like)).latent_dist.mean.float().std())
+    photos = draw_photos(people, sample_conditions(seeds), device)
+    faces = face_image(photos, photos.landmarks_BF52.flatten(0, 1), SIDE)[:, :, None] * 2 - 1
+    error = (reconstruct(vae, faces) - faces).square().mean(dim=(1, 2, 3, 4))
+    return AutoencoderMeasures(
+        clips_psnr=float(torch.cat(psnr).mean()),
+        faces_psnr=float((10 * torch.log10(4 / error)).mean()),
+        marks_left=_marks_left(vae, device),
+        latents_deviation=float(torch.stack(deviations).mean()),
+    )
+
+
+def _marks_left(vae: AutoencoderKLCogVideoX, device: torch.device, count: int = 64) -> float:
+    people = identity_parameters(torch.tensor(SPLITS["test"][20_000 : 20_000 + 4 * count], device=device))
+    marks = [
+        number
+        for number, name in enumerate(PARAMETERS)
+        if name == "freckles" or (name.startswith("mole_") and name.endswith("_size"))
+    ]
+    marked = people[people[:, marks].sum(dim=1).argsort(descending=True)[:count]]
+    bare = marked.clone()
+    bare[:, marks] = 0
+    scene = scene_curves([ClipCondition(seed=0)] * count, 1, reference=True).to(device)
+    videos = [_video(draw_people(identity, scene, SIDE)) for identity in (marked, bare)]
+    before = videos[0] - videos[1]
+    after = reconstruct(vae, videos[0]) - reconstruct(vae, videos[1])
+    return float((before * after).sum() / before.square().sum())

@@ -1,0 +1,87 @@
+"""Trains the tiny model's parts, each from a seed: `python -m echovideo.tiny.train PART --out FOLDER`.
+
+Parts in their order: tokenizer, autoencoder, towers. Each leaves its weights in FOLDER in bfloat16, named as the part,
+and what was measured of it as PART.json. Move them to echovideo/tiny/weights to make them the shipped ones; later parts
+take the earlier ones from there. All but the tokenizer want a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from echovideo.synthetic.results import Row, write_results
+from echovideo.tiny import shipped
+from echovideo.tiny.autoencoder import AutoencoderSettings, measure_autoencoder, train_autoencoder
+from echovideo.tiny.parts import train_tokenizer
+from echovideo.tiny.towers import TowersSettings, measure_towers, train_towers
+
+Measures = Mapping[str, tuple[float, str, float | None]]
+"""What is measured: its value, unit and, where there is one, its floor."""
+
+
+def tokenizer(out: Path, seconds: float, device: torch.device) -> Measures:
+    """Train the tokenizer on captions; the same on every machine."""
+    trained = train_tokenizer()
+    shipped.save_tokenizer(trained, out)
+    return {"vocabulary": (float(len(trained)), "tokens", None)}
+
+
+def autoencoder(out: Path, seconds: float, device: torch.device) -> Measures:
+    """Train the video autoencoder, going on from the shipped one if there is one."""
+    start = shipped.load_vae() if shipped.has("autoencoder") else None
+    vae = train_autoencoder(AutoencoderSettings(seconds=seconds), device, start)
+    found = measure_autoencoder(vae, device)
+    shipped.save_vae(vae, scaling_factor=1 / found.latents_deviation, folder=out)
+    return {
+        "clips": (found.clips_psnr, "dB PSNR", 30.0),
+        "faces": (found.faces_psnr, "dB PSNR", None),
+        "freckles and moles left": (found.marks_left, "share", None),
+        "latents' deviation": (found.latents_deviation, "", None),
+    }
+
+
+def towers(out: Path, seconds: float, device: torch.device) -> Measures:
+    """Train the text encoder and the vision tower."""
+    words = shipped.load_tokenizer()
+    trained = train_towers(TowersSettings(seconds=seconds), words, device)
+    shipped.save("text_encoder", trained.text_encoder, out)
+    shipped.save("image_encoder", trained.image_encoder, out)
+    found = measure_towers(trained, words, device)
+    return {name: (value, "share", None) for name, value in found.items()}
+
+
+PARTS: Mapping[str, Callable[[Path, float, torch.device], Measures]] = {
+    "tokenizer": tokenizer,
+    "autoencoder": autoencoder,
+    "towers": towers,
+}
+
+
+def main() -> None:
+    """Train one part, save it, measure it and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=tuple(PARTS))
+    parser.add_argument("--out", type=Path, required=True, help="folder for the weights and the measurements")
+    parser.add_argument("--minutes", type=float, default=7.0, help="training time, without what is measured after it")
+    parser.add_argument("--commit", help="what is run, where this is no git checkout")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark_limit = 4
+    options.out.mkdir(parents=True, exist_ok=True)
+    measures = PARTS[options.part](options.out, 60 * options.minutes, device)
+    rows = [
+        Row(name=options.part, metric=metric, value=value, unit=unit, floor=floor)
+        for metric, (value, unit, floor) in measures.items()
+    ]
+    rows.append(Row(name=options.part, metric="training", value=options.minutes, unit="min"))
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    write_results(options.part, machine, rows, options.commit, options.out)
+
+
+if __name__ == "__main__":
+    main()
