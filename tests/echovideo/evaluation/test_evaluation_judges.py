@@ -76,12 +76,18 @@ def test_losses_few_clips_seen_again_and_again_are_learnt(clips: DrawnClips) -> 
 
     def reading() -> Tensor:
         return attribute_loss(
-            attribute, frames.flatten(0, 1), clips.attributes.flatten(0, 1), clips.nuisances.flatten(0, 1) / 10
+            attribute,
+            frames.flatten(0, 1),
+            clips.points.flatten(0, 1),
+            clips.attributes.flatten(0, 1),
+            clips.nuisances.flatten(0, 1) / 10,
         )
 
     first, *_, last = losses(attribute, reading, 10)
     assert last < 0.5 * first
-    first, *_, last = losses(identity, lambda: identity_loss(identity, frames[:, :, 4], clips.identity), 10)
+    first, *_, last = losses(
+        identity, lambda: identity_loss(identity, frames[:, :, 4], clips.points[:, :, 4], clips.identity), 10
+    )
     assert last < 0.5 * first
 
 
