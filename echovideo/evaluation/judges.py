@@ -408,7 +408,7 @@ def main() -> None:
     """Train, save, measure what was saved, print and write; exit with 1 if a floor is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights and the measurements")
-    parser.add_argument("--minutes", type=float, default=3.0, help="training time of both judges together")
+    parser.add_argument("--minutes", type=float, default=5.0, help="training time of both judges together")
     parser.add_argument("--commit", help="what is measured, where this is no git checkout")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
