@@ -77,13 +77,13 @@ def test_losses_few_clips_seen_again_and_again_are_learnt(clips: DrawnClips) -> 
     def reading() -> Tensor:
         return attribute_loss(
             attribute,
-            frames.flatten(0, 1),
-            clips.points.flatten(0, 1),
-            clips.attributes.flatten(0, 1),
-            clips.nuisances.flatten(0, 1) / 10,
+            frames[0],
+            clips.points[0],
+            clips.attributes[0],
+            clips.nuisances[0] / 10,
         )
 
-    first, *_, last = losses(attribute, reading, 10)
+    first, *_, last = losses(attribute, reading, 8)
     assert last < 0.5 * first
     first, *_, last = losses(
         identity, lambda: identity_loss(identity, frames[:, :, 4], clips.points[:, :, 4], clips.identity), 10
