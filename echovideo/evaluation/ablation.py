@@ -17,11 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from echovideo.evaluation.cases import Case, draw_gallery, draw_reference_photos, draw_truths
+from echovideo.evaluation.cases import Case
 from echovideo.evaluation.claims import Arm, Measured, Reading, readings
-from echovideo.evaluation.networks import Judges
-from echovideo.evaluation.scores import SCORES, Evidence, look, score, share_of_ceiling
-from echovideo.evaluation.statistics import Numbers
+from echovideo.evaluation.scores import SCORES, Evidence, Expected, score, share_of_ceiling
 from echovideo.synthetic.results import Row
 from echovideo.training.settings import BACKBONE, StageSettings
 
@@ -60,8 +58,6 @@ Train = Callable[[ArmSettings, int], Path]
 """Trains an arm with a seed and returns its model folder."""
 Generate = Callable[[Path, ArmSettings, Sequence[Case], float], Tensor]
 """Makes a clip of each case with a model folder at a strength of the face latent: uint8 (B, 17, 96, 96, 3)."""
-Accept = Callable[[Tensor], Numbers]
-"""Says of clips of the cases, uint8 (B, 17, 96, 96, 3), which are accepted: 1 or 0 (B,)."""
 
 
 def ablation_arms(one: StageSettings, two: StageSettings) -> tuple[ArmSettings, ...]:
@@ -114,45 +110,6 @@ def ablation_arms(one: StageSettings, two: StageSettings) -> tuple[ArmSettings, 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class World:
-    """What every run is scored against: the judges, the cases and the pictures that go with them.
-
-    `accept`, where given, says which clips the face recogniser takes for their person.
-    """
-
-    judges: Judges
-    cases: Sequence[Case]
-    truths_BFHWC: Tensor  # noqa: N815
-    references_BFHWC: Tensor  # noqa: N815
-    gallery_BFHWC: Tensor  # noqa: N815
-    accept: Accept | None
-
-    @classmethod
-    def draw(cls, judges: Judges, cases: Sequence[Case], device: str, accept: Accept | None = None) -> World:
-        """Return the world of the cases, drawn on the device."""
-        return cls(
-            judges=judges,
-            cases=cases,
-            truths_BFHWC=draw_truths(cases, device),
-            references_BFHWC=draw_reference_photos(cases, device),
-            gallery_BFHWC=draw_gallery(list(dict.fromkeys(case.person for case in cases)), device),
-            accept=accept,
-        )
-
-    def look(self, clips_BFHWC: Tensor) -> Evidence:
-        """Return what the judges see in clips of the cases."""
-        return look(
-            self.judges,
-            clips_BFHWC,
-            self.cases,
-            truths_BFHWC=self.truths_BFHWC,
-            references_BFHWC=self.references_BFHWC,
-            gallery_BFHWC=self.gallery_BFHWC,
-            accepted=None if self.accept is None else self.accept(clips_BFHWC),
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Run:
     """One arm trained with one seed: its measurements, and example frames uint8 (EXAMPLES, 3, H, W, 3) by strength.
 
@@ -170,17 +127,25 @@ class Run:
 
 
 def run_arm(
-    settings: ArmSettings, seed: int, train: Train, generate: Generate, world: World, ceiling: Evidence, out: Path
+    settings: ArmSettings,
+    seed: int,
+    train: Train,
+    generate: Generate,
+    see: Callable[[Tensor], Evidence],
+    expected: Expected,
+    ceiling: Evidence,
+    out: Path,
 ) -> Path:
     """Train and score one arm with one seed, and write the run into a folder of `out`, whose path is returned.
 
-    `ceiling` is the world's look at its own truths after the generators' autoencoder.
+    `see` looks at clips of the expected cases; `ceiling` is what it saw in the drawn truths after the generators'
+    autoencoder.
     """
     model = train(settings, seed)
-    arrays: dict[str, NDArray[Any]] = {"references": world.references_BFHWC[:EXAMPLES, 0].numpy()}
+    arrays: dict[str, NDArray[Any]] = {"references": expected.references_BHWC[:EXAMPLES].numpy()}
     for strength in settings.strengths:
-        clips = generate(model, settings, world.cases, strength)
-        for name, measured in score(world.look(clips), ceiling).items():
+        clips = generate(model, settings, expected.cases, strength)
+        for name, measured in score(see(clips), ceiling).items():
             arrays[f"{strength}/resampled/{name}"] = measured.resampled
             arrays[f"{strength}/value/{name}"] = np.array([measured.value, _number(measured.ceiling)])
         arrays[f"{strength}/examples"] = clips[:EXAMPLES, list(_MOMENTS)].numpy()
@@ -192,7 +157,7 @@ def run_arm(
         "seed": seed,
         "steps": settings.steps,
         "strengths": settings.strengths,
-        "prompts": [case.prompt for case in world.cases[:EXAMPLES]],
+        "prompts": [case.prompt for case in expected.cases[:EXAMPLES]],
         "torch": torch.__version__,
     }
     # Last, so that a folder with it is whole.

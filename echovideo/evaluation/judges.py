@@ -11,7 +11,7 @@ import argparse
 import copy
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from echovideo.evaluation.networks import (
     Face,
     IdentityJudge,
     Judges,
+    face_crops,
     load_judges,
     mole_map,
     nuisances,
@@ -53,6 +54,7 @@ VISIBLE_R2 = 0.3
 _RATE, _WEIGHT_DECAY, _CLIP_NORM, _WARM_UP = 1e-3, 0.02, 1.0, 0.04
 _EMA_DECAY = 0.998
 _TEMPERATURE = 0.08
+_POINT_ERROR = 0.05
 _SMOOTHING = 0.02
 _REPORT_EVERY = 50
 _CHUNK = 16
@@ -77,23 +79,32 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DrawnClips:
-    """Drawn clips of N people, CLIPS_EACH each: uint8 frames (N, 2, SEEN_FRAMES, 3, H, W) and what is true of them."""
+    """Drawn clips of N people, CLIPS_EACH each: uint8 frames (N, 2, SEEN_FRAMES, 3, H, W) and what is true of them.
+
+    `points` (N, 2, SEEN_FRAMES, 5, 2) are the five face points as shares of the frame's side.
+    """
 
     frames: Tensor
+    points: Tensor
     attributes: Tensor
     nuisances: Tensor
     identity: Tensor
 
     def write(self, at: Tensor, fresh: DrawnClips) -> None:
-        for kept, new in zip(self._tensors(), fresh._tensors(), strict=True):
-            kept[at] = new
+        for field in fields(self):
+            getattr(self, field.name)[at] = getattr(fresh, field.name)
 
     def take(self, at: Tensor) -> DrawnClips:
-        frames, attributes, nuisance, identity = (tensor[at] for tensor in self._tensors())
-        return DrawnClips(frames=frames, attributes=attributes, nuisances=nuisance, identity=identity)
+        return DrawnClips(**{field.name: getattr(self, field.name)[at] for field in fields(self)})
 
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.frames, self.attributes, self.nuisances, self.identity
+    def room_for(self, people: int) -> DrawnClips:
+        """Return a store for the clips of so many people, empty."""
+        return DrawnClips(
+            **{
+                field.name: (tensor := getattr(self, field.name)).new_zeros(people, *tensor.shape[1:])
+                for field in fields(self)
+            }
+        )
 
 
 def draw_clips(seeds: range, side: int, device: str, *, compiled: bool) -> DrawnClips:
@@ -108,6 +119,7 @@ def draw_clips(seeds: range, side: int, device: str, *, compiled: bool) -> Drawn
     shape = len(seeds), CLIPS_EACH
     return DrawnClips(
         frames=_as_bytes(drawn.frames_BFCHW).unflatten(0, shape),
+        points=(drawn.landmarks_BF52 / side).unflatten(0, shape),
         attributes=attribute_indices(conditions).to(device).unflatten(0, shape),
         nuisances=nuisances(scene).to(device).unflatten(0, shape),
         identity=identity,
@@ -156,9 +168,20 @@ def degrade(clips_BFCHW: Tensor, generator: torch.Generator) -> Tensor:
     return clips.clamp(0, 1)
 
 
-def attribute_loss(judge: AttributeJudge, frames_BFCHW: Tensor, attributes: Tensor, nuisance: Tensor) -> Tensor:
-    """Return the mean cross-entropy over attributes plus the nuisances' squared error, standardised."""
-    logits, estimate = judge(frames_BFCHW)
+def shaken(points: Tensor, generator: torch.Generator) -> Tensor:
+    """Return face points (..., 5, 2) as far off as a locator's, _POINT_ERROR of the eye distance."""
+    eyes = (points[..., 1, :] - points[..., 0, :]).norm(dim=-1)[..., None, None]
+    noise = torch.randn(points.shape, generator=generator, device=points.device)
+    moved: Tensor = points + _POINT_ERROR * eyes * noise
+    return moved
+
+
+def attribute_loss(
+    judge: AttributeJudge, frames_BFCHW: Tensor, points_BF52: Tensor, attributes: Tensor, nuisance: Tensor
+) -> Tensor:
+    """Return the mean cross-entropy over attributes plus the nuisances' error, standardised; points cut the faces."""
+    faces = face_crops(frames_BFCHW.flatten(0, 1), points_BF52.flatten(0, 1)).unflatten(0, frames_BFCHW.shape[:2])
+    logits, estimate = judge(frames_BFCHW, faces)
     losses = [
         functional.cross_entropy(values, truth, label_smoothing=_SMOOTHING)
         for values, truth in zip(logits.values(), attributes.unbind(1), strict=True)
@@ -167,13 +190,18 @@ def attribute_loss(judge: AttributeJudge, frames_BFCHW: Tensor, attributes: Tens
     return torch.stack(losses).mean() + functional.smooth_l1_loss(estimate, standard)
 
 
-def identity_loss(judge: IdentityJudge, pictures_NTCHW: Tensor, identity_NP: Tensor) -> Tensor:
-    """Return what is wrong with the readings of two pictures of each of N people.
+def point_loss(judge: IdentityJudge, pictures_NCHW: Tensor, points_N52: Tensor) -> Tensor:
+    """Return how far off the located points are, in hundredths of the picture's side."""
+    return functional.smooth_l1_loss(100 * judge.locate(pictures_NCHW), 100 * points_N52)
+
+
+def identity_loss(judge: IdentityJudge, pictures_NTCHW: Tensor, points_NT52: Tensor, identity_NP: Tensor) -> Tensor:
+    """Return what is wrong with the readings of two pictures of each of N people, faces cut by points.
 
     Squared error of the standardised traits; how well the variances predict it; telling each person's other picture
     from the others' (arXiv:1807.03748, both ways); the mole map.
     """
-    face: Face = judge(pictures_NTCHW.flatten(0, 1))
+    face: Face = judge(face_crops(pictures_NTCHW.flatten(0, 1), points_NT52.flatten(0, 1)))
     people_twice = identity_NP.repeat_interleave(2, dim=0)
     error = (face.traits - (traits(people_twice) - judge.trait_mean) / judge.trait_scale).square()
     # The variances learn from the errors and not the other way round, so that hard traits keep their full weight.
@@ -206,12 +234,7 @@ def train_judges(budget: Budget, device: str) -> tuple[Judges, int]:
         return draw_clips(seeds, budget.side, device, compiled=compiled)
 
     first = next_clips()
-    kept = DrawnClips(
-        frames=first.frames.new_zeros(budget.people_kept, *first.frames.shape[1:]),
-        attributes=first.attributes.new_zeros(budget.people_kept, *first.attributes.shape[1:]),
-        nuisances=first.nuisances.new_zeros(budget.people_kept, *first.nuisances.shape[1:]),
-        identity=first.identity.new_zeros(budget.people_kept, *first.identity.shape[1:]),
-    )
+    kept = first.room_for(budget.people_kept)
     slots = torch.arange(budget.people_drawn, device=device)
     filled = step = 0
     start = time.perf_counter()
@@ -228,29 +251,38 @@ def train_judges(budget: Budget, device: str) -> tuple[Judges, int]:
         chosen = torch.randperm(available, generator=generator, device=device)[: budget.people_compared]
         compared = kept.identity[chosen]
         moments = torch.randint(SEEN_FRAMES, (len(chosen), CLIPS_EACH), generator=generator, device=device)
-        pictures = kept.frames[chosen[:, None], torch.arange(CLIPS_EACH, device=device)[None], moments]
+        frame = chosen[:, None], torch.arange(CLIPS_EACH, device=device)[None], moments
+        pictures, points = kept.frames[frame], kept.points[frame]
         pictures = degrade(pictures.flatten(0, 1)[:, None].float() / 255, generator)[:, 0].unflatten(0, (-1, 2))
 
         with torch.autocast(device, torch.bfloat16, enabled=compiled):
             attribute = attribute_loss(
-                judges.attribute, shown, read.attributes.flatten(0, 1), read.nuisances.flatten(0, 1)
+                judges.attribute,
+                shown,
+                shaken(read.points.flatten(0, 1), generator),
+                read.attributes.flatten(0, 1),
+                read.nuisances.flatten(0, 1),
             )
-            identity = identity_loss(judges.identity, pictures, compared)
+            identity = identity_loss(judges.identity, pictures, shaken(points, generator), compared)
+            located = point_loss(judges.identity, pictures.flatten(0, 1), points.flatten(0, 1))
         for group in optimizer.param_groups:
             group["lr"] = _RATE * min(share / _WARM_UP, 1) * 0.5 * (1 + math.cos(math.pi * share))
         optimizer.zero_grad(set_to_none=True)
-        (attribute + identity).backward()
-        # Apart, for they share nothing: one judge's bad step must not hold the other back.
-        for network in (judges.attribute, judges.identity):
-            nn.utils.clip_grad_norm_(network.parameters(), _CLIP_NORM)
+        (attribute + identity + located).backward()
+        # Apart, for they share nothing: a bad step of one must not hold the others back.
+        locator = list(judges.identity.locator.parameters())
+        reader = [weight for name, weight in judges.identity.named_parameters() if not name.startswith("locator")]
+        for part in (list(judges.attribute.parameters()), locator, reader):
+            nn.utils.clip_grad_norm_(part, _CLIP_NORM)
         optimizer.step()
         decay = min(_EMA_DECAY, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(_weights(averaged), weights, None)
         if step % _REPORT_EVERY == 0:
-            losses = attribute.item(), identity.item()
+            losses = attribute.item(), identity.item(), located.item()
             if not all(map(math.isfinite, losses)):
                 raise RuntimeError(f"step {step}: losses are {losses}; the judges cannot be used")
-            print(f"step {step} at {share:.0%}: attributes {losses[0]:.3f}, identity {losses[1]:.3f}", flush=True)
+            shown_losses = "attributes {:.3f}, identity {:.3f}, points {:.3f}".format(*losses)
+            print(f"step {step} at {share:.0%}: {shown_losses}", flush=True)
         step += 1
     for network in (averaged.attribute, averaged.identity):
         network.eval().requires_grad_(False)
@@ -376,7 +408,7 @@ def main() -> None:
     """Train, save, measure what was saved, print and write; exit with 1 if a floor is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights and the measurements")
-    parser.add_argument("--minutes", type=float, default=3.0, help="training time of both judges together")
+    parser.add_argument("--minutes", type=float, default=5.0, help="training time of both judges together")
     parser.add_argument("--commit", help="what is measured, where this is no git checkout")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

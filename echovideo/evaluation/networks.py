@@ -25,13 +25,25 @@ NUISANCES = ("yaw", "pitch", "light_x", "smile", "mouth_open")
 """What a clip has more or less of, as means over its frames, in the units of the scene's curves."""
 TRAITS: tuple[str, ...] = tuple(name for name in PARAMETERS if not name.startswith("mole"))
 """The identity parameters that the identity judge estimates. Moles have no order: they are read as a map."""
-MOLE_ROWS, MOLE_COLUMNS = 10, 8
 EMBEDDING = 128
 
-_MOLE_TOP, _MOLE_HEIGHT, _MOLE_LEFT, _MOLE_WIDTH = -0.45, 1.3, -0.5, 1.0
+CROP_SIDE = 96
+# The aligned crop: how many of a person's lengths it spans, and where in it the point between the eyes lies.
+_SPAN, _EYES_ACROSS, _EYES_DOWN = 1.95, 0.5, 0.354
+# The five points of the mean face, straight ahead, in a person's lengths.
+_FACE_POINTS = ((-0.325, 0.0), (0.325, 0.0), (0.0, 0.38), (-0.27, 0.735), (0.27, 0.735))
+# The mole map is the part of a 12 x 12 grid over the crop where moles are.
+_GRID = 12
+_MOLE_ROWS, _MOLE_COLUMNS = range(1, 10), range(2, 10)
+MOLE_ROWS, MOLE_COLUMNS = len(_MOLE_ROWS), len(_MOLE_COLUMNS)
+# Where the points are in a picture, as shares of its side, on average, and the scale that they are estimated in.
+_USUAL_POINTS = ((0.40, 0.44), (0.60, 0.44), (0.5, 0.56), (0.42, 0.65), (0.58, 0.65))
+_POINT_SCALE = 0.1
+
 _MOLES = tuple(tuple(PARAMETERS.index(f"mole_{number}_{what}") for what in ("x", "y", "size")) for number in range(3))
 _TRAIT_COLUMNS = tuple(PARAMETERS.index(name) for name in TRAITS)
 _LOG_VARIANCE = (-5.0, 2.0)
+_RARE = 4.0
 _CHUNK = 32
 
 
@@ -47,13 +59,34 @@ def traits(identity_BP: Tensor) -> Tensor:
 
 def mole_map(identity_BP: Tensor) -> Tensor:
     """Return where each person has a mole: 1 or 0 for each cell of a grid over the face, (B, rows * columns)."""
-    cells = torch.zeros(len(identity_BP), MOLE_ROWS, MOLE_COLUMNS, device=identity_BP.device)
+    cells = torch.zeros(len(identity_BP), _GRID, _GRID, device=identity_BP.device)
     people = torch.arange(len(identity_BP), device=identity_BP.device)
     for x, y, size in _MOLES:
-        row = ((identity_BP[:, y] - _MOLE_TOP) / _MOLE_HEIGHT * MOLE_ROWS).long().clamp(0, MOLE_ROWS - 1)
-        column = ((identity_BP[:, x] - _MOLE_LEFT) / _MOLE_WIDTH * MOLE_COLUMNS).long().clamp(0, MOLE_COLUMNS - 1)
+        row = ((_EYES_DOWN + identity_BP[:, y] / _SPAN) * _GRID).long()
+        column = ((_EYES_ACROSS + identity_BP[:, x] / _SPAN) * _GRID).long()
         cells[people, row, column] = torch.maximum(cells[people, row, column], (identity_BP[:, size] > 0).float())
-    return cells.flatten(1)
+    return _face_cells(cells)
+
+
+def face_crops(pictures_NCHW: Tensor, points_N52: Tensor) -> Tensor:
+    """Return the faces (N, C, CROP_SIDE, CROP_SIDE), turned upright and of one size, by the five points.
+
+    Points are shares of the picture's side. The similarity is the least-squares one from the mean face's points.
+    """
+    template = _in_crop(torch.tensor(_FACE_POINTS, device=points_N52.device))
+    middle = template.mean(dim=0)
+    from_x, from_y = (template - middle).unbind(dim=1)
+    to = points_N52 - points_N52.mean(dim=1, keepdim=True)
+    size = (from_x**2 + from_y**2).sum()
+    cosine = ((from_x * to[..., 0] + from_y * to[..., 1]).sum(dim=1) / size)[:, None, None]
+    sine = ((from_x * to[..., 1] - from_y * to[..., 0]).sum(dim=1) / size)[:, None, None]
+    steps = (torch.arange(CROP_SIDE, device=points_N52.device) + 0.5) / CROP_SIDE
+    across, down = steps[None, None, :] - middle[0], steps[None, :, None] - middle[1]
+    centre = points_N52.mean(dim=1)[:, None, None]
+    grid = torch.stack((cosine * across - sine * down, sine * across + cosine * down), dim=3) + centre
+    return functional.grid_sample(
+        pictures_NCHW, grid * 2 - 1, mode="bilinear", padding_mode="border", align_corners=False
+    )
 
 
 class AttributeJudge(nn.Module):
@@ -70,20 +103,28 @@ class AttributeJudge(nn.Module):
             layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), _SpaceTimeBlock(width), _SpaceTimeBlock(width)]
         self.trunk = nn.Sequential(*layers)
         self.frame = _Summary(widths[-1], 128)
-        self.clip = nn.Sequential(nn.Linear(SEEN_FRAMES * 128, 512), nn.GELU())
+        # Glasses and expressions are small: they are read from the face crops.
+        face_widths = (24, 48, 96)
+        layers = [nn.Conv2d(3, face_widths[0], 5, stride=2, padding=2), _SpaceTimeBlock(face_widths[0])]
+        for before, width in itertools.pairwise(face_widths):
+            layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), _SpaceTimeBlock(width)]
+        self.face_trunk = nn.Sequential(*layers)
+        self.face = _Summary(face_widths[-1], 96)
+        self.clip = nn.Sequential(nn.Linear(SEEN_FRAMES * (128 + 96), 512), nn.GELU())
         self.attributes = nn.Linear(512, sum(len(values) for values in ATTRIBUTES.values()))
         self.nuisances = nn.Linear(512, len(NUISANCES))
         self.register_buffer("nuisance_mean", torch.zeros(len(NUISANCES)))
         self.register_buffer("nuisance_scale", torch.ones(len(NUISANCES)))
 
-    def forward(self, frames_BFCHW: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def forward(self, frames_BFCHW: Tensor, faces_BFCHW: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Return each attribute's logits (B, values) and the standardised nuisances (B, len(NUISANCES)).
 
-        `frames_BFCHW` are the SEEN_FRAMES frames of a clip, 0 to 1.
+        `frames_BFCHW` are the SEEN_FRAMES frames of a clip, 0 to 1, `faces_BFCHW` the `face_crops` of each.
         """
         clips = len(frames_BFCHW)
-        features = self.frame(self.trunk(_centred(frames_BFCHW.flatten(0, 1))))
-        features = self.clip(features.reshape(clips, -1))
+        whole = self.frame(self.trunk(_centred(frames_BFCHW.flatten(0, 1))))
+        face = self.face(self.face_trunk(_centred(faces_BFCHW.flatten(0, 1))))
+        features = self.clip(torch.cat((whole, face), dim=1).reshape(clips, -1))
         logits = self.attributes(features).float().split([len(values) for values in ATTRIBUTES.values()], dim=1)
         return dict(zip(ATTRIBUTES, logits, strict=True)), self.nuisances(features).float()
 
@@ -100,7 +141,9 @@ class Face:
 
 
 class IdentityJudge(nn.Module):
-    """Reads who is in a picture: a pre-activated convolutional network with channel gates.
+    """Reads who is in a face crop: a pre-activated convolutional network with channel gates.
+
+    Finds the five points that the crop is made by, too: `locate`, a network of its own.
 
     `visible` says which traits it was measured to see, a number 0 or 1 for each of TRAITS.
     """
@@ -111,31 +154,54 @@ class IdentityJudge(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (40, 80, 144, 192)
-        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 7, stride=2, padding=3), _GatedBlock(widths[0])]
-        for before, width in itertools.pairwise(widths):
-            layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), _GatedBlock(width), _GatedBlock(width)]
-        self.trunk = nn.Sequential(*layers)
-        self.summary = _Summary(widths[-1], 384)
+        self.locator = _Locator()
+        self.early = nn.Sequential(
+            nn.Conv2d(3, 40, 5, stride=2, padding=2),
+            _GatedBlock(40),
+            nn.Conv2d(40, 80, 3, stride=2, padding=1),
+            _GatedBlock(80),
+        )
+        self.late = nn.Sequential(
+            _GatedBlock(80),
+            nn.Conv2d(80, 136, 3, stride=2, padding=1),
+            _GatedBlock(136),
+            _GatedBlock(136),
+            nn.Conv2d(136, 160, 3, stride=2, padding=1),
+            _GatedBlock(160),
+            _GatedBlock(160),
+        )
+        self.summary = _Summary(160, 384)
+        # Freckles are a texture of single pixels: how much of it there is, is read before it is averaged away.
+        self.texture = nn.Sequential(nn.Conv2d(80, 64, 1), nn.GELU(), nn.AdaptiveAvgPool2d(3), nn.Flatten())
+        self.merge = nn.Sequential(nn.Linear(384 + 64 * 9, 384), nn.GELU())
         self.traits = nn.Linear(384, len(TRAITS))
         self.log_variance = nn.Linear(384, len(TRAITS))
         self.embedding = nn.Linear(384, EMBEDDING)
-        self.moles = nn.Linear(384, MOLE_ROWS * MOLE_COLUMNS)
-        # Few cells have a mole: the training starts at their share instead of unlearning a half.
-        nn.init.constant_(self.moles.bias, -4.0)
+        # A mole is a dot: it is found where it is, by a map of local features.
+        self.moles = nn.Sequential(
+            nn.GELU(), nn.Conv2d(80, 48, 3, padding=1), nn.GELU(), nn.AdaptiveMaxPool2d(_GRID), nn.Conv2d(48, 1, 1)
+        )
         self.register_buffer("trait_mean", torch.zeros(len(TRAITS)))
         self.register_buffer("trait_scale", torch.ones(len(TRAITS)))
         self.register_buffer("visible", torch.ones(len(TRAITS)))
 
-    def forward(self, pictures_NCHW: Tensor) -> Face:
-        """Return what pictures, 0 to 1, show of a person."""
-        features = self.summary(self.trunk(_centred(pictures_NCHW)))
+    def locate(self, pictures_NCHW: Tensor) -> Tensor:
+        """Return the five points (N, 5, 2) of the face in pictures, 0 to 1, as shares of their side."""
+        offsets: Tensor = self.locator(_centred(pictures_NCHW)).float().unflatten(1, (5, 2))
+        return torch.tensor(_USUAL_POINTS, device=offsets.device) + _POINT_SCALE * offsets
+
+    def forward(self, faces_NCHW: Tensor) -> Face:
+        """Return what face crops, 0 to 1, show of a person."""
+        early = self.early(_centred(faces_NCHW))
+        features = self.merge(torch.cat((self.summary(self.late(early)), self.texture(early)), dim=1))
+        # Few cells have a mole: the training starts near their share instead of unlearning a half.
+        moles = self.moles(early).float()[:, 0] - _RARE
         return Face(
             traits=self.traits(features).float(),
             # A guess of the errors only: learning it must not shake the features that the traits are read from.
             log_variance=self.log_variance(features.detach()).float().clamp(*_LOG_VARIANCE),
             embedding=functional.normalize(self.embedding(features).float(), dim=1),
-            moles=self.moles(features).float(),
+            moles=_face_cells(moles),
         )
 
 
@@ -186,8 +252,10 @@ class Judges:
         attribute, identity = self.attribute, self.identity
         clips = len(frames_BFCHW)
         with torch.autocast(frames_BFCHW.device.type, torch.bfloat16, enabled=frames_BFCHW.is_cuda):
-            logits, standard_nuisances = attribute(frames_BFCHW)
-            face = identity(frames_BFCHW.flatten(0, 1))
+            pictures = frames_BFCHW.flatten(0, 1)
+            faces = face_crops(pictures, identity.locate(pictures))
+            logits, standard_nuisances = attribute(frames_BFCHW, faces.unflatten(0, (clips, -1)))
+            face = identity(faces)
         # Frames that show a trait well count for more.
         weight = torch.exp(-face.log_variance).unflatten(0, (clips, -1))
         standard_traits = (face.traits.unflatten(0, (clips, -1)) * weight).sum(dim=1) / weight.sum(dim=1)
@@ -223,6 +291,29 @@ def _named(judges: Judges) -> dict[str, nn.Module]:
 
 def _centred(pictures_NCHW: Tensor) -> Tensor:
     return (pictures_NCHW - 0.5) * 4
+
+
+def _in_crop(points: Tensor) -> Tensor:
+    """Return points in a person's lengths as shares of the crop's side."""
+    return points / _SPAN + torch.tensor((_EYES_ACROSS, _EYES_DOWN), device=points.device)
+
+
+def _face_cells(grid_NHW: Tensor) -> Tensor:
+    """Return the cells of a grid over the crop that the mole map has, (N, rows * columns)."""
+    rows, columns = _MOLE_ROWS, _MOLE_COLUMNS
+    return grid_NHW[:, rows.start : rows.stop, columns.start : columns.stop].flatten(1)
+
+
+class _Locator(nn.Sequential):
+    def __init__(self) -> None:
+        layers: list[nn.Module] = [nn.AdaptiveAvgPool2d(48), nn.Conv2d(3, 24, 5, padding=2)]
+        for before, width in itertools.pairwise((24, 48, 64, 96, 96)):
+            layers += [
+                nn.GroupNorm(8, before),
+                nn.GELU(),
+                nn.Conv2d(before, width, 3, stride=2, padding=1),
+            ]
+        super().__init__(*layers, nn.GELU(), nn.Flatten(), nn.Linear(96 * 9, 192), nn.GELU(), nn.Linear(192, 10))
 
 
 class _Summary(nn.Sequential):

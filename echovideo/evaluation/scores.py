@@ -1,6 +1,7 @@
 """Scores of generated clips: who is in them, what happens, and what of the reference photo was copied.
 
-`look` has the judges read clips into an Evidence of plain arrays; `score` turns Evidence into every score with its 95 %
+`expect` prepares what clips of the cases are compared with. `look` has the judges read clips into an Evidence of plain
+arrays; `score` turns Evidence into every score with its 95 %
 interval over people. The ceiling of a score is the same score of drawn clips that show what was asked, after the
 autoencoder that every generated clip goes through.
 """
@@ -148,33 +149,52 @@ class Evidence:
     accepted: Numbers | None = None
 
 
-def look(
-    judges: Judges,
-    clips_BFHWC: Tensor,
-    cases: Sequence[Case],
-    *,
-    truths_BFHWC: Tensor,
-    references_BFHWC: Tensor,
-    gallery_BFHWC: Tensor,
-    accepted: Numbers | None = None,
-) -> Evidence:
-    """Return what the judges see in generated clips, one a case.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Expected:
+    """What clips of N cases of P people are compared with, whichever generator made them.
 
-    Frames are uint8 (B, FRAMES, 96, 96, 3). `truths_BFHWC`, `references_BFHWC` (one frame each) and `gallery_BFHWC`
-    (one frame of each person, in the order in which the cases first name them) are as echovideo.evaluation.cases draws
-    them.
+    `references_BHWC` uint8, the photo of each case. `gallery` (P, E), `truth_embedding`, `reference_embedding` (N, E)
+    as in Evidence.
     """
-    order = list(dict.fromkeys(case.person for case in cases))
-    assert len(clips_BFHWC) == len(truths_BFHWC) == len(references_BFHWC) == len(cases)
-    assert len(gallery_BFHWC) == len(order)
+
+    cases: Sequence[Case]
+    references_BHWC: Tensor  # noqa: N815
+    gallery: Numbers
+    truth_embedding: Numbers
+    reference_embedding: Numbers
+
+
+def expect(
+    judges: Judges, cases: Sequence[Case], *, truths_BFHWC: Tensor, references_BFHWC: Tensor, gallery_BFHWC: Tensor
+) -> Expected:
+    """Return what clips of the cases are compared with, from pictures as echovideo.evaluation.cases draws them.
+
+    uint8 (B, frames, 96, 96, 3); the gallery's people are in the order in which the cases first name them.
+    """
+    assert len(truths_BFHWC) == len(references_BFHWC) == len(cases)
+    assert len(gallery_BFHWC) == len(_order(cases))
+    return Expected(
+        cases=cases,
+        references_BHWC=references_BFHWC[:, 0],
+        gallery=_array(judges.read(gallery_BFHWC).embeddings),
+        truth_embedding=_array(judges.read(truths_BFHWC).embeddings),
+        reference_embedding=_array(judges.read(references_BFHWC).embeddings),
+    )
+
+
+def look(judges: Judges, clips_BFHWC: Tensor, expected: Expected, accepted: Numbers | None = None) -> Evidence:
+    """Return what the judges see in generated clips, uint8 (B, FRAMES, 96, 96, 3), one a case."""
+    cases = expected.cases
+    assert len(clips_BFHWC) == len(cases)
+    order = _order(cases)
     reading = judges.read(clips_BFHWC)
     identity = identity_parameters(torch.tensor([case.person for case in cases]))
     return Evidence(
         person=np.array([order.index(case.person) for case in cases], dtype=np.int64),
-        gallery=_array(judges.read(gallery_BFHWC).embeddings),
+        gallery=expected.gallery,
         embedding=_array(reading.embeddings),
-        truth_embedding=_array(judges.read(truths_BFHWC).embeddings),
-        reference_embedding=_array(judges.read(references_BFHWC).embeddings),
+        truth_embedding=expected.truth_embedding,
+        reference_embedding=expected.reference_embedding,
         traits=_array(reading.traits),
         true_traits=_array(traits(identity)),
         visible=_array(judges.identity.visible) > 0,
@@ -189,7 +209,7 @@ def look(
         nuisance_scale=_array(judges.attribute.nuisance_scale),
         moles=_array(reading.moles),
         true_moles=_array(mole_map(identity)),
-        ssim_to_reference=_array(ssim(clips_BFHWC[:, 0], references_BFHWC[:, 0])),
+        ssim_to_reference=_array(ssim(clips_BFHWC[:, 0], expected.references_BHWC)),
         flicker=_array((clips_BFHWC[:, 1:].float() - clips_BFHWC[:, :-1].float()).abs().mean(dim=(1, 2, 3, 4))),
         accepted=accepted,
     )
@@ -319,6 +339,11 @@ def _mean_of(shares: Numbers) -> Numbers:
     """Return the mean (R,) over attributes (R, A), of those that were asked for at all."""
     counted = np.isfinite(shares)
     return np.asarray(np.where(counted, shares, 0.0).sum(axis=1) / np.maximum(counted.sum(axis=1), 1))
+
+
+def _order(cases: Sequence[Case]) -> list[int]:
+    """Return the people of the cases, each once."""
+    return list(dict.fromkeys(case.person for case in cases))
 
 
 def _array(values: Tensor) -> Numbers:

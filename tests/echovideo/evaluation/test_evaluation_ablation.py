@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -12,22 +12,23 @@ from torch import Tensor
 
 from echovideo.evaluation.ablation import (
     ArmSettings,
-    World,
     ablation_arms,
     measurements_of,
     read_runs,
     rows,
     run_arm,
 )
-from echovideo.evaluation.cases import Case, drawn_cases
+from echovideo.evaluation.cases import Case, asked_indices, drawn_cases, reference_scene
 from echovideo.evaluation.claims import CLAIMS, Arm, Reading
-from echovideo.evaluation.networks import FRAMES, AttributeJudge, IdentityJudge, Judges
+from echovideo.evaluation.networks import FRAMES, mole_map, nuisances, traits
 from echovideo.evaluation.page import verdicts, write_page
-from echovideo.synthetic.person import SPLITS
+from echovideo.evaluation.scores import Evidence, Expected, asked_nuisances
+from echovideo.evaluation.statistics import Numbers
+from echovideo.synthetic.person import SPLITS, identity_parameters
 from echovideo.training.settings import stage_one, stage_two
 
 STAGES = stage_one(steps=100, batch_size=4), stage_two(steps=100, batch_size=4)
-SIDE = 32
+SIDE = 8
 
 
 @pytest.fixture(scope="module")
@@ -36,21 +37,44 @@ def arms() -> dict[str, ArmSettings]:
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
-    """A world of random pictures and untrained judges: what counts here is where the numbers go."""
-    torch.manual_seed(0)
-
-    def pictures(count: int, frames: int) -> Tensor:
-        return torch.randint(0, 256, (count, frames, SIDE, SIDE, 3), dtype=torch.uint8)
-
-    judges = Judges(attribute=AttributeJudge(), identity=IdentityJudge())
-    return World(
-        judges=judges,
+def expected() -> Expected:
+    """Eight people of random embeddings: what counts here is where the numbers go."""
+    random = np.random.default_rng(0)
+    return Expected(
         cases=drawn_cases(seeds=SPLITS["test"][:8]),
-        truths_BFHWC=pictures(8, FRAMES),
-        references_BFHWC=pictures(8, 1),
-        gallery_BFHWC=pictures(8, 1),
-        accept=None,
+        references_BHWC=torch.zeros(8, SIDE, SIDE, 3, dtype=torch.uint8),
+        gallery=random.normal(size=(8, 16)),
+        truth_embedding=random.normal(size=(8, 16)),
+        reference_embedding=random.normal(size=(8, 16)),
+    )
+
+
+def seen(expected: Expected, clips: Tensor, accepted: Numbers | None = None) -> Evidence:
+    """What perfect judges would see, but for the flicker, which is the clips' first byte."""
+    identity = identity_parameters(torch.tensor([case.person for case in expected.cases]))
+    true_traits, true_moles = traits(identity).double().numpy(), mole_map(identity).double().numpy()
+    asked, implied = asked_indices(expected.cases).numpy(), asked_nuisances(expected.cases)
+    return Evidence(
+        person=np.arange(8),
+        gallery=expected.gallery,
+        embedding=expected.gallery,
+        truth_embedding=expected.truth_embedding,
+        reference_embedding=expected.reference_embedding,
+        traits=true_traits,
+        true_traits=true_traits,
+        visible=np.ones(true_traits.shape[1], dtype=bool),
+        read=asked,
+        asked=asked,
+        referenced=(asked + 1) % 3,
+        nuisances=implied,
+        asked_nuisances=implied,
+        referenced_nuisances=nuisances(reference_scene(expected.cases)).double().numpy(),
+        nuisance_scale=np.ones(implied.shape[1]),
+        moles=true_moles,
+        true_moles=true_moles,
+        ssim_to_reference=np.zeros(8),
+        flicker=clips[:, 0, 0, 0, 0].double().numpy(),
+        accepted=accepted,
     )
 
 
@@ -77,7 +101,7 @@ def test_strengths_are_those_that_claims_read(arms: dict[str, ArmSettings]) -> N
 
 
 def test_runs_written_one_by_one_give_rows_verdicts_and_a_page(
-    arms: dict[str, ArmSettings], world: World, tmp_path: Path
+    arms: dict[str, ArmSettings], expected: Expected, tmp_path: Path
 ) -> None:
     asked: list[tuple[Path, str, float]] = []
 
@@ -89,22 +113,21 @@ def test_runs_written_one_by_one_give_rows_verdicts_and_a_page(
         return torch.full((len(cases), FRAMES, SIDE, SIDE, 3), int(100 * strength), dtype=torch.uint8)
 
     out = tmp_path / "runs"
-    ceiling = world.look(world.truths_BFHWC)
+    ceiling = seen(expected, torch.full((8, 1, 1, 1, 1), 7))
     for seed, names in ((0, tuple(arms)), (1, ("full", "without_iitf"))):
         for name in names:
-            run_arm(arms[name], seed, train, generate, world, ceiling, out)
+            run_arm(arms[name], seed, train, generate, partial(seen, expected), expected, ceiling, out)
     (out / "full-2").mkdir()
     assert asked[:3] == [(tmp_path / "models" / "full-0", "full", strength) for strength in (0.0, 0.5, 1.0)]
 
     runs = read_runs(out)
     assert {(run.arm, run.seed) for run in runs} == {(name, 0) for name in arms} | {("full", 1), ("without_iitf", 1)}
     found = measurements_of(runs, 0)
-    ssim = found[Reading(arm="full", score="ssim_to_reference")]
-    assert len(ssim.resampled) == 1000
-    # One reading a score and strength, and its ceiling from the truths.
-    assert found[Reading(arm="full", score="rank_1")].ceiling == np.mean(
-        np.argmax(ceiling.embedding @ ceiling.gallery.T, axis=1) == np.arange(8)
-    )
+    # Each reading is of the clips made at its own strength, and its ceiling of the truths.
+    for strength in (0.0, 0.5, 1.0):
+        flicker = found[Reading(arm="full", score="flicker", face_latent=strength)]
+        assert (flicker.value, flicker.ceiling) == (100 * strength, 7)
+        np.testing.assert_allclose(flicker.resampled, 100 * strength)
     assert len(rows(runs)) == sum(len(run.measurements) for run in runs)
 
     assert all(verdict is not None for verdict in verdicts(found).values())
@@ -121,10 +144,11 @@ def test_runs_written_one_by_one_give_rows_verdicts_and_a_page(
 
 
 def test_run_arm_acceptance_is_scored_where_the_recogniser_is_given(
-    arms: dict[str, ArmSettings], world: World, tmp_path: Path
+    arms: dict[str, ArmSettings], expected: Expected, tmp_path: Path
 ) -> None:
-    half = replace(world, accept=lambda clips: np.arange(len(clips)) % 2.0)
-    clips = world.truths_BFHWC
-    run_arm(arms["stage_one_only"], 0, lambda *_: tmp_path, lambda *_: clips, half, half.look(clips), tmp_path / "runs")
+    clips = torch.zeros(8, FRAMES, SIDE, SIDE, 3, dtype=torch.uint8)
+    see = partial(seen, expected, accepted=np.arange(8) % 2.0)
+    settings = arms["stage_one_only"]
+    run_arm(settings, 0, lambda *_: tmp_path, lambda *_: clips, see, expected, see(clips), tmp_path / "runs")
     (run,) = read_runs(tmp_path / "runs")
     assert run.measurements[Reading(arm="stage_one_only", score="accepted", face_latent=0.0)].value == 0.5

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
+from echovideo.evaluation import cases
 from echovideo.evaluation.claims import (
     CHANCE,
     CLAIMS,
     DIAL,
+    PEOPLE,
     Above,
     AtChance,
     AtLeast,
@@ -38,6 +40,7 @@ def test_claims_are_six_and_read_scores_that_exist() -> None:
     assert [claim.name for claim in CLAIMS] == ["P1", "P2", "P3", "P4", "P5", "P6"]
     assert {reading.score for reading in readings()} <= set(SCORES)
     assert {reading.face_latent for reading in readings()} <= set(DIAL)
+    assert len(cases.PEOPLE) == PEOPLE
 
 
 def test_at_least_share_of_ceiling_is_of_the_measured_ceiling() -> None:
