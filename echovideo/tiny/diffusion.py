@@ -14,7 +14,7 @@ from torch import Tensor
 
 from echovideo.evaluation.cases import Case, draw_gallery, draw_reference_photos, draw_truths
 from echovideo.evaluation.networks import load_judges
-from echovideo.evaluation.scores import look, score
+from echovideo.evaluation.scores import expect, look, score
 from echovideo.model.transformer import EchoVideoTransformer3DModel
 from echovideo.synthetic.person import SPLITS
 from echovideo.tiny.drawing import draw_photos
@@ -117,12 +117,13 @@ def measure_model(
     gallery = draw_gallery([case.person for case in cases], str(device))
     judges = load_judges(device=str(device))
 
-    def scores(clips: Tensor) -> Mapping[str, tuple[float, float | None]]:
-        seen = look(judges, clips, cases, truths_BFHWC=truths, references_BFHWC=references, gallery_BFHWC=gallery)
-        return {name: (found.value, found.ceiling) for name, found in score(seen, ceiling).items()}
+    expected = expect(judges, cases, truths_BFHWC=truths, references_BFHWC=references, gallery_BFHWC=gallery)
+    ceiling = look(judges, _through_autoencoder(encoders, truths), expected)
 
-    decoded = _through_autoencoder(encoders, truths)
-    ceiling = look(judges, decoded, cases, truths_BFHWC=truths, references_BFHWC=references, gallery_BFHWC=gallery)
+    def scores(clips: Tensor) -> Mapping[str, tuple[float, float | None]]:
+        found = score(look(judges, clips, expected), ceiling)
+        return {name: (measured.value, measured.ceiling) for name, measured in found.items()}
+
     prompts = [case.prompt for case in cases]
     found: dict[str, tuple[float, str, float | None]] = {}
     sheet = [references[:8], truths[:8, ::8]]
