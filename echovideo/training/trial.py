@@ -26,7 +26,6 @@ from echovideo.training.dataset import Dataset, Example
 PROMPTS = (
     "A person talks to the camera in a bright room.",
     "A person smiles in a park.",
-    "A person slowly turns the head to one side in front of a grey wall.",
 )
 MAX_REFERENCES = 2
 SEED = 42
