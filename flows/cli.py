@@ -234,6 +234,10 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter's layers.")] = 32,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples a step, over all devices.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate; lower it if the loss is not finite.")] = 1e-4,
+    recomputed_blocks: Annotated[
+        int, typer.Option(min=0, help="Transformer blocks computed twice to save memory; more if it runs out.")
+    ] = 0,
     workers: Annotated[
         int, typer.Option(min=0, help="Ray workers, each with a GPU where there are; 0 trains in this process.")
     ] = 0,
@@ -261,6 +265,8 @@ def train(
             steps=steps,
             rank=rank,
             batch_size=batch_size,
+            learning_rate=learning_rate,
+            recomputed_blocks=recomputed_blocks,
             workers=workers,
             trial_steps=trial_steps,
             device=device,

@@ -42,6 +42,8 @@ class FinetuneSettings:
     steps: int = 1000
     rank: int = 32
     batch_size: int = 1
+    learning_rate: float = 1e-4
+    recomputed_blocks: int = 0
     workers: int = 0
     trial_steps: int = 50
     device: DeviceChoice = "auto"
@@ -103,7 +105,13 @@ def plan_finetune(
     check_identity_name(name)
     storage = StorageOptions(endpoint_url=settings.endpoint_url)
     root, path = StoragePath.parse(output, storage), StoragePath.parse(manifest, storage)
-    stage = one_person(steps=settings.steps, batch_size=settings.batch_size, rank=settings.rank)
+    stage = one_person(
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        rank=settings.rank,
+        learning_rate=settings.learning_rate,
+        recomputed_blocks=settings.recomputed_blocks,
+    )
     if settings.work is None and "://" in str(root):
         raise RequestError(
             f"training needs a local folder to work in, and {root} is none; give one with --work", code="no_work_folder"
