@@ -21,6 +21,7 @@ from echovideo.preview import LatentPreview
 from echovideo.request import RenderRequest
 from echovideo.sampler import Scheduler, advance, decode, denoise_step, prepare
 from echovideo.settings import EngineSettings, check_tier
+from echovideo.training.adapters import AdapterSlot
 
 KeepGoing: TypeAlias = Callable[[int, int, Callable[[], bytes]], bool]
 """Asked before each step with the steps done, the steps in all, and what draws a small JPEG of the video so far."""
@@ -59,6 +60,7 @@ class Engine:
         self.vae = vae
         self.scheduler = scheduler
         self.settings = settings
+        self.adapter = AdapterSlot(transformer)
 
     @classmethod
     def open(cls, folder: Path, settings: EngineSettings) -> Self:

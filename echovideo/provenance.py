@@ -12,7 +12,9 @@ from echovideo.settings import EngineSettings, deciding_values
 SIDECAR_VERSION = 1
 
 
-def container_metadata(request: RenderRequest, card: ModelCard, *, seed: int) -> dict[str, str]:
+def container_metadata(
+    request: RenderRequest, card: ModelCard, *, seed: int, adapter_sha256: str | None = None
+) -> dict[str, str]:
     """Return the MP4's metadata. It holds nothing that differs between two makings of the same pixels."""
     return {
         "title": request.prompt[:200],
@@ -23,6 +25,7 @@ def container_metadata(request: RenderRequest, card: ModelCard, *, seed: int) ->
         "seed": str(seed),
         "ai_generated": "true",
         **({"comment": card.notice} if card.notice else {}),
+        **({"adapter": adapter_sha256} if adapter_sha256 else {}),
     }
 
 

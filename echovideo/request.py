@@ -33,6 +33,7 @@ DEFAULT_SEED = 42
 
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 _ROW_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_IDENTITY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def parse_size(size: str) -> tuple[int, int]:
@@ -80,12 +81,22 @@ def frames_for_seconds(seconds: float, fps: int = DEFAULT_FPS) -> int:
     return min(range(9, MAX_FRAMES + 1, 8), key=lambda n: abs(n - wanted))
 
 
+def check_identity_name(name: str) -> None:
+    """Raise RequestError `invalid_identity_lora` unless an identity can be registered under this name."""
+    if not _IDENTITY_NAME.fullmatch(name):
+        raise RequestError(
+            f"identity_lora {name!r} must be 1 to 64 letters, digits, '.', '_' or '-', and start with no mark",
+            code="invalid_identity_lora",
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RenderRequest:
     """One video to make: one manifest row, or one call of the HTTP service.
 
     Exactly one of `photo_uri` and `photo_bytes` is set. Sizes are pixels; `face_similarity` is the cosine
     similarity a video must reach (None: not gated) and `tries` how many seeds may be spent on reaching it.
+    `identity_lora` names a registered identity whose adapter is put into the model.
     Raises RequestError, naming the value and what is allowed.
     """
 
@@ -104,6 +115,7 @@ class RenderRequest:
     guidance_schedule: GuidanceSchedule = "published"
     tier: Tier = "exact"
     consent_id: str | None = None
+    identity_lora: str | None = None
     face_similarity: float | None = None
     tries: int = 1
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -130,6 +142,8 @@ class RenderRequest:
         _check_range("num_inference_steps", self.num_inference_steps, 1, 1000)
         _check_range("guidance_scale", self.guidance_scale, 1.0, 30.0)
         _check_range("tries", self.tries, 1, 16)
+        if self.identity_lora is not None:
+            check_identity_name(self.identity_lora)
         if self.face_similarity is not None:
             _check_range("face_similarity", self.face_similarity, -1.0, 1.0)
         for name, value, allowed in (

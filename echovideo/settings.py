@@ -76,11 +76,18 @@ def deciding_values(request: RenderRequest) -> dict[str, Any]:
 
 
 def video_key(
-    request: RenderRequest, *, photo_sha256: str, face_nets: str, model_digest: str, settings: EngineSettings
+    request: RenderRequest,
+    *,
+    photo_sha256: str,
+    face_nets: str,
+    model_digest: str,
+    settings: EngineSettings,
+    adapter_sha256: str | None = None,
 ) -> str:
     """Return the sha256, as 64 hex digits, of everything that decides a video's pixels.
 
-    Two rows that ask for the same pixels have the same key, and so share one video. `face_nets` is the pack's name.
+    Two rows that ask for the same pixels have the same key, and so share one video. `face_nets` is the pack's name,
+    `adapter_sha256` the digest of the adapter that is put into the model.
     """
     decides = {
         "photo": photo_sha256,
@@ -88,5 +95,6 @@ def video_key(
         "model": model_digest,
         "numerics": settings.numerics,
         "request": deciding_values(request),
+        **({"adapter": adapter_sha256} if adapter_sha256 else {}),
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

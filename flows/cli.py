@@ -1,4 +1,4 @@
-"""The command line, `echovideo`: single videos, batches, the service, photos, models, and what this machine can do.
+"""The command line, `echovideo`: single videos, batches, learning a person, the service, photos, models, this machine.
 
 Commands import what they need when they run: torch, Ray and Prefect take seconds to load, and --help needs none.
 
@@ -58,12 +58,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Videos of one person, from a photo and a prompt: one at a time, or a manifest of thousands.",
 )
+identities_app = typer.Typer(no_args_is_help=True, help="The people that were learnt: list, delete.")
 batch = typer.Typer(no_args_is_help=True, help="Render manifests: run, follow, report, cancel, delete.")
 keys_app = typer.Typer(no_args_is_help=True, help="The service's API keys: create, list, revoke.")
 models_app = typer.Typer(no_args_is_help=True, help="The models on this machine.")
 app.add_typer(batch, name="batch")
 app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
+app.add_typer(identities_app, name="identities")
 
 Json = Annotated[
     bool,
@@ -219,6 +221,128 @@ def identity(
             }
         )
     )
+
+
+@app.command()
+def train(
+    manifest: Annotated[str, typer.Argument(help="Clip manifest, Parquet or CSV: a path or s3:// address.")],
+    output: Output,
+    name: Annotated[str, typer.Option(help="Name that a manifest's identity_lora asks for.")],
+    consent: Annotated[str, typer.Option(help="Your record of the person's consent; every clip must carry it.")],
+    model: Model = "tiny",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter's layers.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples a step, over all devices.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate; lower it if the loss is not finite.")] = 1e-4,
+    recomputed_blocks: Annotated[
+        int, typer.Option(min=0, help="Transformer blocks computed twice to save memory; more if it runs out.")
+    ] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Ray workers, each with a GPU where there are; 0 trains in this process.")
+    ] = 0,
+    trial_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the videos that are compared.")] = 50,
+    device: Device = "auto",
+    work: Annotated[
+        str | None, typer.Option(help="Local folder for data and training; OUTPUT/training/NAME by default.")
+    ] = None,
+    allow_root: Annotated[
+        list[str] | None, typer.Option(help="Folder or s3://bucket for footage, beside the manifest's own.")
+    ] = None,
+    endpoint_url: EndpointUrl = None,
+    models: ModelsFolder = DEFAULT_MODELS,
+    json: Json = False,
+) -> None:
+    """Learn one person from footage, compare videos with and without what was learnt, and register it under a name.
+
+    The same command goes on where it stopped. Each clip's row names its consent_id, which must be --consent's.
+    """
+    _quieten()
+    with err.status("loading"):
+        from flows.finetune import FinetuneSettings, finetune
+
+        settings = FinetuneSettings(
+            steps=steps,
+            rank=rank,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            recomputed_blocks=recomputed_blocks,
+            workers=workers,
+            trial_steps=trial_steps,
+            device=device,
+            work=work,
+            allowed_roots=tuple(allow_root or ()),
+            endpoint_url=endpoint_url,
+            models=str(models),
+        )
+        _reach_prefect()
+    try:
+        result = finetune(manifest, output, name, consent, model, settings)
+    except KeyboardInterrupt:
+        err.print("Ended. What is prepared and the last checkpoint stay; the same command goes on.")
+        raise
+    if json:
+        print_json(result)
+        return
+    card, scores = result["identity"], result["scores"]
+    for clip_id, reason in result["left_out"].items():
+        err.print(Text.assemble((f"{clip_id} was left out: ", "yellow"), reason))
+    out.print(
+        facts_table(
+            {
+                "identity": card["name"],
+                "clips": f"{result['clips']['ok']} of {sum(result['clips'].values())}",
+                "similarity": f"{scores['without']['similarity']:.3f} without, {scores['with']['similarity']:.3f} with",
+                "faces found": f"{scores['without']['detection_rate']:.0%} without, "
+                f"{scores['with']['detection_rate']:.0%} with",
+                "report": result["report"],
+                "adapter": f"{card['sha256'][:16]}, consent {card['consent_id']}",
+                "model": f"{card['model']}, {card['licence']}",
+            }
+        )
+    )
+
+
+@identities_app.command("list")
+def identities_list(output: Output, endpoint_url: EndpointUrl = None, json: Json = False) -> None:
+    """Show the registered identities of an output."""
+    from pipelines.identities import Identities
+    from pipelines.storage import StorageOptions, StoragePath
+
+    cards = Identities(StoragePath.parse(output, StorageOptions(endpoint_url=endpoint_url))).cards()
+    if json:
+        print_json({"identities": [asdict(card) for card in cards]})
+    else:
+        out.print(
+            facts_table(
+                {
+                    card.name: f"{card.model}, {card.licence}, consent {card.consent_id}, {card.sha256[:16]}"
+                    for card in cards
+                }
+            )
+        )
+
+
+@identities_app.command("delete")
+def identities_delete(
+    output: Output,
+    name: Annotated[str, typer.Argument(help="The identity.")],
+    yes: Yes = False,
+    endpoint_url: EndpointUrl = None,
+    json: Json = False,
+) -> None:
+    """Delete an identity, and what it was learnt from and in OUTPUT/training; its videos stay with their runs."""
+    from pipelines.identities import Identities
+    from pipelines.storage import StorageOptions, StoragePath
+
+    root = StoragePath.parse(output, StorageOptions(endpoint_url=endpoint_url))
+    if not yes:
+        typer.confirm(f"Delete identity {name}, and its training in {root}?", abort=True, err=True)
+    Identities(root).delete(name)
+    (root / "training" / name).delete_tree()
+    if json:
+        print_json({"name": name, "deleted": True})
+    else:
+        out.print(f"identity {name} is deleted")
 
 
 @app.command()

@@ -18,7 +18,7 @@ from pipelines.config import RunConfig
 from pipelines.manifest import Defaults, Manifest
 from pipelines.photo_reader import UriPolicy
 from pipelines.storage import StorageOptions, StoragePath
-from pipelines.validation import validate
+from pipelines.validation import validate, with_identities
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
@@ -65,7 +65,7 @@ def plan_run(manifest: str, output: str, model: str, settings: BatchSettings) ->
         model_digest="",
         card=ModelCard(),
         defaults=settings.defaults,
-        uri_policy=_policy(path, settings.allowed_roots, settings.allowed_hosts),
+        uri_policy=policy_for(path, settings.allowed_roots, settings.allowed_hosts),
         storage=storage,
         engine=EngineSettings(device=device),
         several_faces=settings.several_faces,
@@ -75,9 +75,11 @@ def plan_run(manifest: str, output: str, model: str, settings: BatchSettings) ->
         # The driver of a cluster job runs inside the cluster, where Ray finds itself.
         ray_address="auto" if settings.jobs_address else "local",
     )
-    checked = validate(draft)
+    validate(draft)
     folder = find_model(model, Path(settings.models))
-    return replace(draft, model=str(folder), model_digest=folder_digest(folder), card=read_card(folder)), checked
+    return with_identities(
+        replace(draft, model=str(folder), model_digest=folder_digest(folder), card=read_card(folder))
+    )
 
 
 def choose_device(choice: DeviceChoice) -> Device:
@@ -99,7 +101,7 @@ def _device(settings: BatchSettings) -> Device:
     return choose_device(settings.device)
 
 
-def _policy(manifest: StoragePath, roots: Sequence[str], hosts: Sequence[str]) -> UriPolicy:
+def policy_for(manifest: StoragePath, roots: Sequence[str], hosts: Sequence[str]) -> UriPolicy:
     """Return the policy that allows the manifest's own folder or bucket, and what was added to it."""
     allowed = [str(StoragePath.parse(root)) for root in (str(manifest.parent), *roots)]
     return UriPolicy(

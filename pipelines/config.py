@@ -9,6 +9,7 @@ from typing import Any, Self
 from echovideo.model.card import ModelCard
 from echovideo.request import FacePolicy
 from echovideo.settings import EngineSettings
+from pipelines.identities import IdentityCard
 from pipelines.ledger import run_id_for
 from pipelines.manifest import Defaults
 from pipelines.photo_reader import UriPolicy
@@ -22,6 +23,7 @@ class RunConfig:
 
     `manifest` and `output` are addresses (a local path or s3://), `model` a model folder's path on every machine of
     the cluster, `model_digest` its `folder_digest`, `card` its card, `num_renderers` how many engines work abreast.
+    `identities` are the registered identities that the manifest's rows ask for.
     `ray_address` is "local" for a Ray of the driver's own, or what ray.init takes. `strict` refuses the whole batch
     for one bad row.
     """
@@ -41,6 +43,7 @@ class RunConfig:
     require_consent: bool = False
     num_renderers: int = 1
     ray_address: str = "local"
+    identities: Mapping[str, IdentityCard] = field(default_factory=dict)
 
     @property
     def run_id(self) -> str:
@@ -48,6 +51,8 @@ class RunConfig:
         decides = {
             name: value for name, value in self.to_record().items() if name in _DECIDING and name != "manifest_digest"
         }
+        if self.identities:
+            decides["identities"] = {name: card.sha256 for name, card in self.identities.items()}
         return run_id_for(self.manifest_digest, decides)
 
     @property
@@ -86,6 +91,8 @@ class RunConfig:
             name: nested[name](**_tuples(nested[name], value)) if name in nested else value
             for name, value in record.items()
         }
+        cards = record.get("identities", {})
+        values["identities"] = {name: IdentityCard(**card) for name, card in cards.items()}
         return cls(**values)
 
 

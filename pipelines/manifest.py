@@ -109,6 +109,7 @@ COLUMNS = (
     text_column("guidance_schedule", "published, constant or cosine; default published."),
     text_column("tier", "Quality tier: exact, high or fast; default exact."),
     text_column("consent_id", "The consent under which the person may be shown."),
+    text_column("identity_lora", "Name of a registered identity to render with; it asks for its own consent_id."),
     _number("face_similarity", "Cosine similarity to the photo that the video must reach, -1 to 1; default no gate."),
     _integer("tries", pa.int32(), "Seeds that may be spent on reaching face_similarity, 1 to 16; default 1."),
     Column(
@@ -181,12 +182,19 @@ def schema_table() -> list[tuple[str, str, bool, str]]:
 
 
 def read_manifest(
-    path: StoragePath, defaults: Defaults, policy: UriPolicy, tiers_available: Collection[str], *, require_consent: bool
+    path: StoragePath,
+    defaults: Defaults,
+    policy: UriPolicy,
+    tiers_available: Collection[str],
+    *,
+    require_consent: bool,
+    check: Callable[[RenderRequest], None] = lambda request: None,
 ) -> Manifest:
     """Read and check a manifest; every bad row is refused by itself, with its reason.
 
     When several rows have one row_id, all of them are refused (`duplicate_row_id`): which one was meant is not ours to
     guess. A tier outside `tiers_available` is `tier_unavailable`, a missing consent `consent_missing`.
+    `check` raises an EchoVideoError for a request that is refused for another reason.
     Raises ManifestError for the file as a whole, RequestError for bad `defaults`, StorageError if it cannot be read.
     """
     _request({"row_id": "defaults", "prompt": "defaults", "photo_bytes": b""}, defaults)
@@ -202,7 +210,9 @@ def read_manifest(
         try:
             if copies[row_id] > 1 and row_id is not None:
                 raise RequestError(f"row_id {row_id!r} is on {copies[row_id]} rows", code="duplicate_row_id")
-            requests.append(_checked_request(row, defaults, path.parent, policy, tiers_available, require_consent))
+            request = _checked_request(row, defaults, path.parent, policy, tiers_available, require_consent)
+            check(request)
+            requests.append(request)
         except EchoVideoError as error:
             if row_id is None or not _is_row_id(row_id) or row_id in refused_ids:
                 row_id = synthetic_id(index, copies)

@@ -24,7 +24,7 @@ from pipelines.stages.identity import IdentityStage
 from pipelines.stages.render import RenderStage
 from pipelines.stages.stage import Stage
 from pipelines.storage import StorageOptions, StoragePath
-from pipelines.validation import validate
+from pipelines.validation import check_identities, validate
 
 STAGES: tuple[type[Stage], ...] = (IdentityStage, ConditionStage, RenderStage)
 
@@ -33,9 +33,10 @@ def drive(config: RunConfig, stages: Sequence[type[Stage]] = STAGES) -> dict[str
     """Bring every row of the run to one outcome, publish the views, and return the counts by outcome.
 
     Committed rows are left out before the graph is built. Raises RunError: `already_running`, `too_few_resources`,
-    `model_changed`, `manifest_changed`, `refused_rows`.
+    `model_changed`, `manifest_changed`, `identity_changed`, `refused_rows`.
     """
     manifest = validate(config)
+    check_identities(config, manifest)
     if folder_digest(Path(config.model)) != config.model_digest:
         raise RunError(f"the model in {config.model} has changed since the run was submitted", code="model_changed")
     ledger = Ledger(config.output_path, config.run_id)

@@ -304,7 +304,12 @@ def compare(identity: Identity, faces: Sequence[FrameFace | None]) -> FaceScore:
 
     Frames without a face count in `detection_rate` alone; with no face at all the similarity is 0, a stranger's.
     """
-    found = [similarity(identity.pack, identity.embedding, face.embedding) for face in faces if face is not None]
+    return face_score(identity.pack, identity.embedding, faces)
+
+
+def face_score(pack: str, embedding: NDArray[np.float32], faces: Sequence[FrameFace | None]) -> FaceScore:
+    """Return how much the frames' faces look like a face of that embedding; see `compare`."""
+    found = [similarity(pack, embedding, face.embedding) for face in faces if face is not None]
     return FaceScore(
         similarity=float(np.mean(found)) if found else 0.0,
         detection_rate=len(found) / len(faces) if faces else 0.0,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from echovideo.errors import WeightsError
+from echovideo.errors import StorageError, WeightsError
 from echovideo.hashing import normal
 from echovideo.model.fusion import IdentityImageTextFusion
 from echovideo.training.groups import group_of
@@ -128,10 +128,14 @@ class Adapter:
         return cls(card=card, tensors=tensors)
 
     def save(self, path: Path) -> None:
-        """Write the adapter as one safetensors file, which is there whole or not at all."""
+        """Write the adapter as one safetensors file, which is there whole or not at all; raises StorageError."""
         writing = path.with_name(f".{path.name}.writing")
-        save_file(dict(self.tensors), writing, metadata=self.card.to_metadata())
-        writing.rename(path)
+        try:
+            save_file(dict(self.tensors), writing, metadata=self.card.to_metadata())
+            writing.rename(path)
+        except (OSError, SafetensorError) as error:
+            writing.unlink(missing_ok=True)
+            raise StorageError(f"{path} cannot be written ({error}); make room or correct the folder") from error
 
     @classmethod
     def load(cls, path: Path) -> Adapter:
@@ -147,7 +151,7 @@ class Adapter:
 
 
 @torch.no_grad()
-def merge(model: IdentityImageTextFusion, adapter: Adapter, base_digest: str) -> dict[str, torch.Tensor]:
+def merge(model: nn.Module, adapter: Adapter, base_digest: str) -> dict[str, torch.Tensor]:
     """Put an adapter into a model's weights and return, on the CPU, those it replaced: `unmerge` brings them back.
 
     A module that is fusion alone takes its part of the adapter. Sums are made in float32 and rounded once. Raises
@@ -181,9 +185,34 @@ def merge(model: IdentityImageTextFusion, adapter: Adapter, base_digest: str) ->
 
 
 @torch.no_grad()
-def unmerge(model: IdentityImageTextFusion, replaced: Mapping[str, torch.Tensor]) -> None:
+def unmerge(model: nn.Module, replaced: Mapping[str, torch.Tensor]) -> None:
     """Give the model back the weights that `merge` replaced, to the bit."""
     _put(dict(model.named_parameters()), replaced)
+
+
+class AdapterSlot:
+    """A model with at most one adapter merged into it, which stays until another one is asked for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._digest: str | None = None
+        self._replaced: Mapping[str, torch.Tensor] = {}
+
+    def hold(self, digest: str, load: Callable[[], Adapter], base_digest: str) -> None:
+        """Have the adapter of that digest in the model; `load` is called if it is not there yet.
+
+        Raises what `load` and `merge` raise; then the model holds none.
+        """
+        if digest == self._digest:
+            return
+        self.clear()
+        self._replaced = merge(self._model, load(), base_digest)
+        self._digest = digest
+
+    def clear(self) -> None:
+        """Give the model its own weights back, to the bit."""
+        unmerge(self._model, self._replaced)
+        self._digest, self._replaced = None, {}
 
 
 def _put(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:

@@ -184,3 +184,17 @@ def stage_two(*, steps: int, batch_size: int, **changes: Any) -> StageSettings:
         learning_rate=1e-5,
     )
     return replace(settings, **changes)
+
+
+def one_person(*, steps: int, batch_size: int, rank: int, learning_rate: float = 1e-4, **changes: Any) -> StageSettings:
+    """Return the settings that learn one person: stage 2 with low-rank layers in attention, and fusion in full."""
+    return stage_two(
+        steps=steps,
+        batch_size=batch_size,
+        groups=("fusion",),
+        adapter=AdapterSettings(rank=rank),
+        learning_rate=learning_rate,
+        warmup_steps=min(100, steps // 10),
+        checkpoint_every=min(250, steps),
+        **changes,
+    )

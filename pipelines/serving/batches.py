@@ -17,7 +17,7 @@ from pipelines.outcome import KINDS, RowOutcome, kind_of
 from pipelines.publish import CONTACT_SHEET, REPORT, RESULTS, publish
 from pipelines.serving.config import ON_DEMAND, ServiceConfig
 from pipelines.storage import NotFoundError
-from pipelines.validation import validate
+from pipelines.validation import check_identities, validate
 
 _log = logging.getLogger(__name__)
 
@@ -172,8 +172,9 @@ def _open(tenant: str, run: RunConfig) -> Batch:
     ledger.withdraw_cancel()
     try:
         manifest = validate(run)
+        check_identities(run, manifest)
     except EchoVideoError as error:
-        # The manifest has gone or changed since it was accepted: nothing of it can be rendered.
+        # The manifest, or an identity, has gone or changed since it was accepted: nothing of it can be rendered.
         (ledger.folder / "ended.json").write_json({"error": {"code": error.code, "message": error.message}})
         raise
     epoch = ledger.open_epoch()

@@ -14,10 +14,11 @@ from echovideo.engine import check_device, model_dtype
 from echovideo.faces.analyzer import Identity
 from echovideo.model import folder as model_folder
 from echovideo.model.fusion import IdentityImageTextFusion
+from echovideo.training.adapters import AdapterSlot
 from pipelines.config import RunConfig
 from pipelines.ledger import Claim
 from pipelines.stages.row import Row
-from pipelines.stages.stage import Stage
+from pipelines.stages.stage import Stage, put_identity
 
 _REMEMBERED = 64
 
@@ -34,6 +35,7 @@ class Conditioner:
         self.image_encoder = model_folder.load_image_encoder(folder, dtype=dtype).to(device)
         self.image_processor = model_folder.load_image_processor(folder)
         self.fusion = IdentityImageTextFusion.from_pretrained(folder / "transformer", dtype=dtype).to(device)
+        self.adapter = AdapterSlot(self.fusion)
         self.vae = model_folder.load_vae(folder, dtype=model_folder.vae_dtype(dtype)).to(device)
         self.prompt_states = lru_cache(_REMEMBERED)(self._prompt_states)
         self.face_tokens = lru_cache(_REMEMBERED)(self._face_tokens)
@@ -79,6 +81,7 @@ class ConditionStage(Stage):
         """Return the row with its condition in the identity's place."""
         assert row.identity is not None
         request = row.request
+        put_identity(self.conditioner.adapter, self.config, request)
         condition = self.conditioner.condition(
             request.prompt, request.negative_prompt, row.identity, request.height, request.width
         )

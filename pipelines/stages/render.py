@@ -22,17 +22,22 @@ from echovideo.faces.packs import open_pack
 from echovideo.provenance import container_metadata, sidecar_basis
 from echovideo.request import RenderRequest
 from echovideo.settings import derived_seeds, video_key
+from echovideo.training.adapters import AdapterSlot
 from echovideo.video import Video, encode_mp4, sample_mp4
 from pipelines.config import RunConfig
 from pipelines.ledger import Claim, StoredVideo
 from pipelines.outcome import Ok, Rejected, RowOutcome
 from pipelines.stages.row import Row
-from pipelines.stages.stage import Stage
+from pipelines.stages.stage import Stage, identity_of, put_identity
 from pipelines.storage import StoragePath
 
 
 class Renderer(Protocol):
-    """What the stage asks of an engine; see Engine.render."""
+    """What the stage asks of an engine; see Engine."""
+
+    @property
+    def adapter(self) -> AdapterSlot:
+        """Where a row's adapter goes; only rows that name one, and those after them, need it."""
 
     def render(self, condition: Condition, request: RenderRequest, seed: int, keep_going: KeepGoing) -> Rendered:
         """Return the request's frames for `seed`."""
@@ -83,6 +88,7 @@ class RenderStage(Stage):
             face_nets=identity.pack,
             model_digest=self.config.model_digest,
             settings=self.config.engine,
+            adapter_sha256=self._adapter_sha256(request),
         )
         stored = self.ledger.find_video(key)
         reused = stored is not None
@@ -107,13 +113,16 @@ class RenderStage(Stage):
         takes: list[Take] = []
         for seed in derived_seeds(request.seed, request.tries if gate is not None else 1):
             with self._gpu:
+                put_identity(self.renderer.adapter, self.config, request)
                 rendered = self.renderer.render(condition, request, seed, self._keep_going)
             started = time.perf_counter()
             video = encode_mp4(
                 rendered.frames_FHWC,
                 folder / f"{seed}.mp4",
                 fps=request.fps,
-                metadata=container_metadata(request, self.config.card, seed=seed),
+                metadata=container_metadata(
+                    request, self.config.card, seed=seed, adapter_sha256=self._adapter_sha256(request)
+                ),
             )
             encoded = time.perf_counter()
             score = self._score(identity, rendered.frames_FHWC)
@@ -127,6 +136,10 @@ class RenderStage(Stage):
                 break
         return takes
 
+    def _adapter_sha256(self, request: RenderRequest) -> str | None:
+        card = identity_of(self.config, request)
+        return card.sha256 if card else None
+
     def _keep_going(self, step: int, steps: int, draw: Callable[[], bytes]) -> bool:
         return self.watch(step, steps, draw) and not self.cancelled()
 
@@ -138,10 +151,12 @@ class RenderStage(Stage):
 
     def _sidecar(self, row: Row, identity: Identity, key: str, takes: list[Take], best: Take) -> dict[str, Any]:
         config, request = self.config, row.request
+        card = identity_of(config, request)
         basis = sidecar_basis(request, config.card, config.engine, photo_sha256=identity.photo_sha256)
         return {
             **basis,
             "model": {**basis["model"], "digest": config.model_digest, "face_nets": identity.pack},
+            **({"identity_lora": asdict(card)} if card else {}),
             "video_key": key,
             "first_made_for": {"run_id": config.run_id, "row_id": request.row_id},
             "video": {name: value for name, value in asdict(best.video).items() if name != "uri"},

@@ -16,8 +16,11 @@ import ray
 from numpy.typing import NDArray
 
 from echovideo.errors import RenderCancelledError
+from echovideo.request import RenderRequest
+from echovideo.training.adapters import AdapterSlot
 from echovideo.video import poster_jpeg
 from pipelines.config import RunConfig
+from pipelines.identities import Identities, IdentityCard
 from pipelines.ledger import MAX_STRIKES, Claim, Ledger
 from pipelines.outcome import Cancelled, Dead, RowOutcome
 from pipelines.stages.row import Row, outcome_of_error
@@ -118,6 +121,20 @@ class Stage(ABC):
             for _ in range(self.calls_at_once):
                 taken.enter_context(self._seats)
             yield
+
+
+def identity_of(config: RunConfig, request: RenderRequest) -> IdentityCard | None:
+    """Return the card of the identity that a request names."""
+    return None if request.identity_lora is None else config.identities[request.identity_lora]
+
+
+def put_identity(slot: AdapterSlot, config: RunConfig, request: RenderRequest) -> None:
+    """Have the adapter of the identity that a request names in a model, or none; raises as `Identities.load`."""
+    card = identity_of(config, request)
+    if card is None:
+        slot.clear()
+    else:
+        slot.hold(card.sha256, lambda: Identities(config.output_path).load(card), config.model_digest)
 
 
 def _node_alive(node_id: str) -> bool:

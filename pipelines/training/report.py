@@ -1,4 +1,4 @@
-"""A data job's views: a table with one line a clip, and a one-file HTML report with a picture of each."""
+"""Training's views: a data job's table and report, a line and a picture a clip; the report of a learnt person."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from echovideo.training.dataset import DatasetCard
+from echovideo.training.trial import TrialVideo
 from pipelines import outcome as row_outcome
 from pipelines.outcome import KINDS, Failed, Rejected
 from pipelines.report import LOOKS, MAX_CARDS, MAX_EMBEDDED_BYTES, Advice, picture_uri, resource
 from pipelines.training.outcome import ClipOutcome, Prepared
 
 _SHEET_SIDE = 960
+_TRIAL_SIDE = 1440
 
 ADVICE: Mapping[str, Advice] = {
     "no_face": Advice("No face was found in the footage.", "Use footage that shows the person from the front."),
@@ -152,3 +154,29 @@ def _facts(outcome: Prepared) -> list[tuple[str, str]]:
         ("frames with the face", str(outcome.face_frames)),
         ("consent", example.consent_id),
     ]
+
+
+def render_trial_report(
+    name: str,
+    facts: Mapping[str, object],
+    videos: Sequence[TrialVideo],
+    scores: Mapping[str, Any],
+    sheet: bytes,
+    *,
+    trained: bool,
+) -> str:
+    """Return the page of a learnt person: scores with and without the adapter, and a sheet of frames, a PNG."""
+    css = resource("report.css")
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+        resource("trial.html.j2")
+    )
+    return page.render(
+        css=Markup(css),
+        css_digest=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
+        name=name,
+        facts=facts,
+        videos=videos,
+        scores=scores,
+        sheet=picture_uri(sheet, _TRIAL_SIDE),
+        trained=trained,
+    )

@@ -18,7 +18,9 @@ def key_of(request: RenderRequest = REQUEST, **changes: Any) -> str:
 
 def test_video_key_ignores_what_decides_no_pixel() -> None:
     key = key_of()
-    other = replace(REQUEST, row_id="b", photo_uri="copy/of/a.png", consent_id="c", tags={"x": "y"})
+    other = replace(
+        REQUEST, row_id="b", photo_uri="copy/of/a.png", consent_id="c", identity_lora="anna", tags={"x": "y"}
+    )
     assert key_of(other) == key
     assert len(key) == 64
 
@@ -45,7 +47,7 @@ def test_video_key_changes_with_each_deciding_value(change: dict[str, object]) -
     assert key_of(replace(REQUEST, **change)) != key_of()
 
 
-def test_video_key_changes_with_photo_model_and_engine() -> None:
+def test_video_key_changes_with_photo_model_adapter_and_engine() -> None:
     keys = {
         key_of(),
         key_of(photo_sha256="other"),
@@ -53,8 +55,10 @@ def test_video_key_changes_with_photo_model_and_engine() -> None:
         key_of(model_digest="other"),
         key_of(settings=EngineSettings(num_threads=1)),
         key_of(settings=EngineSettings(device="cuda")),
+        key_of(adapter_sha256="adapter"),
+        key_of(adapter_sha256="other"),
     }
-    assert len(keys) == 6
+    assert len(keys) == 8
 
 
 def test_derived_seeds_start_with_the_rows_own_and_never_repeat() -> None:

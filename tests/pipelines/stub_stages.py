@@ -17,11 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import skimage.data
+import torch
 
 from echovideo.conditioning import Condition
 from echovideo.engine import KeepGoing, Rendered
 from echovideo.errors import RenderCancelledError
 from echovideo.request import RenderRequest
+from echovideo.training.adapters import AdapterSlot
 from echovideo.video import poster_jpeg
 from pipelines.config import RunConfig
 from pipelines.ledger import Claim
@@ -70,6 +72,7 @@ class StubRenderer:
 
     def __init__(self, log: Path) -> None:
         self.log = log
+        self.adapter = AdapterSlot(torch.nn.Module())
 
     def render(self, condition: Condition, request: RenderRequest, seed: int, keep_going: KeepGoing) -> Rendered:
         befall(Row(request=request), "render")

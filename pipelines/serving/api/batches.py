@@ -19,7 +19,7 @@ from pipelines.serving.api.problems import ProblemError, not_found, responses
 from pipelines.serving.api.schemas import Batch, BatchCreate, BatchDeleted, BatchList
 from pipelines.serving.api.service import Admin, Maker, Reader, ServiceHere
 from pipelines.serving.config import ServiceConfig
-from pipelines.validation import validate
+from pipelines.validation import with_identities
 
 router = APIRouter(prefix="/v1", tags=["batches"])
 BatchId = Annotated[str, Path(pattern=r"^[0-9a-f]{16}$", description="The batch's id.")]
@@ -130,7 +130,7 @@ def _accept(config: ServiceConfig, tenant: str, asked: BatchCreate) -> RunConfig
         manifest = str(config.tenant_root(tenant) / "inputs" / manifest)
     defaults = Defaults(**asked.model_dump(exclude={"manifest", "require_consent"}))
     run = config.batch(tenant, manifest, defaults, require_consent=asked.require_consent)
-    checked = validate(run)
+    run, checked = with_identities(run)
     ledger = Ledger(run.output_path, run.run_id)
     ledger.write_config(run.to_record())
     (ledger.folder / "accepted.json").write_json_if_absent(

@@ -108,7 +108,7 @@ class Bench:
 
 
 def measure_accept(bench: Bench) -> Iterator[Row]:
-    """50 uploads of about 100 kB a second for 30 s, from sending to the 202: written and queued. Three times."""
+    """50 uploads of about 100 kB a second for 30 s, from sending to the 202: written and queued. The middle one of three."""
     photos = bench.folder / "photos"
     photos.mkdir()
     for number in range(50 * _WINDOW_S):
@@ -122,17 +122,17 @@ def measure_accept(bench: Bench) -> Iterator[Row]:
         loads[f"window {number + 1}"] = os.getloadavg()[0]
         plan = {"key": bench.key(f"accept-{number}"), "photos": str(photos)}
         windows.append(bench.load({"Maker": _MAKERS}, plan, _WINDOW_S)["create"])
-    best = min(range(_WINDOWS), key=lambda number: percentile(windows[number], 0.99))
+    middle = sorted(range(_WINDOWS), key=lambda number: percentile(windows[number], 0.99))[_WINDOWS // 2]
     for metric, share, floor in (("p99", 0.99, 100.0), ("p50", 0.5, None)):
         all_windows = {name: percentile(stats, share) for name, stats in zip(loads, windows, strict=True)}
-        value = percentile(windows[best], share)
+        value = percentile(windows[middle], share)
         yield Row(name="accept", metric=metric, value=value, unit="ms", floor=floor, against=all_windows)
-    yield Row(name="accept", metric="rate", value=windows[best]["num_requests"] / _WINDOW_S, unit="requests/s")
+    yield Row(name="accept", metric="rate", value=windows[middle]["num_requests"] / _WINDOW_S, unit="requests/s")
     num_requests = sum(window["num_requests"] for window in windows)
     spent = {name: 1000 * (seconds - before[name]) / num_requests for name, seconds in cpu_seconds().items()}
     yield Row(name="accept", metric="CPU a request", value=sum(spent.values()), unit="ms", against=spent)
     yield Row(name="accept", metric="errors", value=sum(each["num_failures"] for each in windows), unit="", floor=0)
-    load = list(loads.values())[best]
+    load = list(loads.values())[middle]
     yield Row(name="accept", metric="load average before", value=load, unit="", against=loads)
 
 

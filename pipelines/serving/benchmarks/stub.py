@@ -22,6 +22,7 @@ from echovideo.faces.packs import open_pack
 from echovideo.model.card import ModelCard, write_card
 from echovideo.request import RenderRequest
 from echovideo.tiny.folder import ensure_tiny
+from echovideo.training.adapters import AdapterSlot
 from echovideo.video import poster_jpeg
 from pipelines.ledger import Claim
 from pipelines.stages.render import RenderStage
@@ -57,6 +58,9 @@ class StubCondition(Stage):
 
 class StubRenderer:
     """Sleeps `step_s` (a tag, seconds) before each step is done, and draws noise."""
+
+    def __init__(self) -> None:
+        self.adapter = AdapterSlot(torch.nn.Module())
 
     def render(self, condition: Condition, request: RenderRequest, seed: int, keep_going: KeepGoing) -> Rendered:
         started, steps = time.perf_counter(), request.num_inference_steps

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from echovideo.errors import WeightsError
+from echovideo.errors import StorageError, WeightsError
 from echovideo.model.fusion import IdentityImageTextFusion
 from echovideo.model.rotary import rotary_tables
 from echovideo.model.transformer import EchoVideoTransformer3DModel
-from echovideo.training.adapters import Adapter, AdapterCard, add_adapter, merge, unmerge
+from echovideo.training.adapters import Adapter, AdapterCard, AdapterSlot, add_adapter, merge, unmerge
 from echovideo.training.checkpoint import Checkpoints, load_weights
 from echovideo.training.groups import group_of
 from echovideo.training.loop import train
@@ -195,3 +195,35 @@ def test_load_weights_of_a_checkpoint_gives_what_was_trained(tmp_path: Path, ave
     assert load_weights(model, path).steps == 6
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, seen[name]), name
+
+
+def test_slot_holds_one_adapter_and_gives_the_weights_back_to_the_bit() -> None:
+    model = small_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loads = []
+
+    def adapter_of(value: float) -> Adapter:
+        loads.append(value)
+        card = AdapterCard(
+            rank=1, groups=("fusion",), adapted_groups=(), base_digest="base", licence="none", consent_id=None
+        )
+        return Adapter(card=card, tensors={"text_proj.bias": torch.full_like(before["text_proj.bias"], value)})
+
+    slot = AdapterSlot(model)
+    for value in (0.3, 0.3, 0.7):
+        slot.hold(str(value), lambda value=value: adapter_of(value), "base")
+        assert (model.text_proj.bias == value).all()
+    assert loads == [0.3, 0.7]
+    with pytest.raises(WeightsError, match="belongs to the model"):
+        slot.hold("other", lambda: adapter_of(0.9), "another base")
+    slot.hold("0.3", lambda: adapter_of(0.3), "base")
+    slot.clear()
+    assert all((value == before[name]).all() for name, value in model.state_dict().items())
+
+
+def test_adapter_that_cannot_be_written_says_where(tmp_path: Path) -> None:
+    card = AdapterCard(
+        rank=1, groups=("fusion",), adapted_groups=(), base_digest="base", licence="none", consent_id=None
+    )
+    with pytest.raises(StorageError, match="cannot be written"):
+        Adapter(card=card, tensors={"text_proj.bias": torch.zeros(2)}).save(tmp_path / "gone" / "adapter.safetensors")

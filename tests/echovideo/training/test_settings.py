@@ -7,7 +7,15 @@ from dataclasses import replace
 import pytest
 
 from echovideo.errors import TrainingError
-from echovideo.training.settings import AdapterSettings, AverageSettings, StageSettings, base, stage_one, stage_two
+from echovideo.training.settings import (
+    AdapterSettings,
+    AverageSettings,
+    StageSettings,
+    base,
+    one_person,
+    stage_one,
+    stage_two,
+)
 
 
 @pytest.mark.parametrize(
@@ -72,3 +80,10 @@ def test_stages_differ_as_the_paper_says() -> None:
     assert (one.groups, one.face_latent) == (("fusion",), "off")
     assert (len(two.groups), two.face_latent, two.face_latent_dropout) == (6, "drop", 0.5)
     assert base(steps=1, batch_size=1).identity_dropout == 1.0
+
+
+def test_one_person_trains_fusion_in_full_and_attention_by_low_rank_layers() -> None:
+    chosen = one_person(steps=50, batch_size=2, rank=4, recomputed_blocks=3)
+    assert (chosen.groups, chosen.adapter) == (("fusion",), AdapterSettings(rank=4, groups=("attention",)))
+    assert (chosen.references, chosen.face_latent, chosen.recomputed_blocks) == ("cross_clip", "drop", 3)
+    assert (chosen.warmup_steps, chosen.checkpoint_every) == (5, 50)
