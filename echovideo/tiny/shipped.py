@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, SiglipVisionModel, T5EncoderModel
 
-from echovideo.tiny.parts import fresh_image_encoder, fresh_text_encoder, fresh_vae
+from echovideo.model.transformer import EchoVideoTransformer3DModel
+from echovideo.tiny.parts import fresh_image_encoder, fresh_text_encoder, fresh_vae, tiny_config
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -71,8 +72,15 @@ def load_image_encoder() -> SiglipVisionModel:
     return encoder
 
 
-def _load(part: str, module: nn.Module) -> None:
-    tensors = load_file(_file(WEIGHTS, part))
+def load_transformer(folder: Path | None = None) -> EchoVideoTransformer3DModel:
+    """Return the transformer that `save` wrote to a folder, the shipped one by default, float32."""
+    transformer = EchoVideoTransformer3DModel(tiny_config()).eval()
+    _load("transformer", transformer, folder)
+    return transformer
+
+
+def _load(part: str, module: nn.Module, folder: Path | None = None) -> None:
+    tensors = load_file(_file(folder or WEIGHTS, part))
     missing, unexpected = module.load_state_dict(tensors, strict=False)
     # A tensor that two places share is written once.
     own = module.state_dict()
