@@ -52,6 +52,7 @@ class Plan:
     steps: int
     base_steps: int
     people: int
+    batch_size: int
     seconds_a_step: float
     machine: str
     encoders: str
@@ -88,7 +89,7 @@ def run_ablation(
 
 def arms_of(plan: Plan) -> dict[Arm, ArmSettings]:
     """Return the arms by name, those with the most steps first, so that no GPU is left alone with a long one."""
-    settings = ModelSettings(seconds=0, people=plan.people)
+    settings = ModelSettings(seconds=0, people=plan.people, batch_size=plan.batch_size)
     arms = ablation_arms(*identity_stages(settings, plan.steps))
     return {arm.arm: arm for arm in sorted(arms, key=lambda arm: -arm.steps)}
 
@@ -120,6 +121,7 @@ def prepare(folder: Path, *, minutes: float, people: int, recogniser: Path | Non
         steps=steps,
         base_steps=text.steps,
         people=settings.people,
+        batch_size=settings.batch_size,
         seconds_a_step=pace,
         machine=torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
         encoders=digest.hexdigest(),

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from echovideo.tiny.world import PHOTOS, Whitening, World, WorldSource, latent_share
+from echovideo.faces.recogniser import load_recogniser
+from echovideo.synthetic.caption import caption
+from echovideo.synthetic.clip import sample_conditions, scene_curves
+from echovideo.synthetic.draw import draw_tensors
+from echovideo.synthetic.person import SPLITS, identity_parameters
+from echovideo.tiny import world as world_module
+from echovideo.tiny.world import PHOTOS, Encoders, Whitening, World, WorldSource, encode_world, latent_share
 from echovideo.training.batch import TrainingBatch
 from echovideo.training.settings import StageSettings, stage_two
 
@@ -101,3 +107,29 @@ def test_latent_share_is_the_mean_of_each_cells_frames_and_pixels() -> None:
     assert cells[0, 0].tolist() == [[1, 0, 0], [0, 0, 0]]
     assert cells[0, 1].tolist() == [[0, 0, 0], [0, 0, 0.25]]
     assert cells[0, 2].tolist() == [[0.5, 0, 0], [0, 0, 0]]
+
+
+def test_encode_world_in_chunks_is_the_clips_their_captions_and_photos(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoders = Encoders.shipped(load_recogniser(), torch.device("cpu"))
+    monkeypatch.setattr(world_module, "FRAMES", 1)
+    monkeypatch.setattr(world_module, "SIDE", 48)
+
+    def encoded(chunk: int) -> World:
+        monkeypatch.setattr(world_module, "_CHUNK", chunk)
+        generator = torch.Generator().manual_seed(0)
+        return encode_world(encoders, SPLITS["train"][:3], 30, generator, compiled=False)
+
+    whole, parts = encoded(3), encoded(2)
+    torch.testing.assert_close(parts.latents_NFCHW, whole.latents_NFCHW, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(parts.share_NFHW, whole.share_NFHW)
+    assert whole.latents_NFCHW.shape == (3, 1, 16, 6, 6)
+    assert whole.tokens_NPTD.shape == (3, PHOTOS, 196, 128)
+    assert whole.mean_NPCHW.shape == (3, PHOTOS, 16, 12, 12)
+    # Clips have every third seed from the first on; the seeds between are their photos'.
+    conditions = sample_conditions([30, 33, 36])
+    said = encoders.text(encoders.tokens([caption(condition, seed=condition.seed) for condition in conditions]))
+    torch.testing.assert_close(whole.text_NCTD[:, 0], said, rtol=0.05, atol=0.05)
+    drawing = draw_tensors(identity_parameters(torch.tensor(SPLITS["train"][:3])), scene_curves(conditions, 1), 48, 48)
+    video = drawing.frames_BFCHW.transpose(1, 2) * 2 - 1
+    latents = encoders.vae.encode(video.bfloat16()).latent_dist.mean * encoders.scaling_factor  # type: ignore[operator]
+    torch.testing.assert_close(whole.latents_NFCHW, latents.transpose(1, 2), rtol=0.05, atol=0.05)
