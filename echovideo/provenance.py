@@ -22,6 +22,7 @@ def container_metadata(request: RenderRequest, card: ModelCard, *, seed: int) ->
         "tier": request.tier,
         "seed": str(seed),
         "ai_generated": "true",
+        **({"comment": card.notice} if card.notice else {}),
     }
 
 
