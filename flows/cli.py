@@ -639,6 +639,26 @@ def batch_delete(
         out.print(f"run {run_id} is deleted")
 
 
+@app.command()
+def ablate(
+    folder: Annotated[Path, typer.Argument(file_okay=False, help="What is kept, and where the findings are written.")],
+    minutes: Annotated[float, typer.Option(help="Training time of an arm.")] = 4.0,
+    seed: Annotated[list[int], typer.Option(help="Training seed; once for each.")] = [1, 2],  # noqa: B006
+    pack: Annotated[
+        list[Path] | None, typer.Option(exists=True, help="Read runs packed elsewhere instead of training.")
+    ] = None,
+) -> None:
+    """Train and score the paper's ablation on drawn people, on every GPU there is, and write its page."""
+    from echovideo.tiny.ablate import run_ablation, unpack, write_findings
+
+    if pack:
+        folder.mkdir(parents=True, exist_ok=True)
+        unpack(pack, folder)
+    else:
+        run_ablation(folder, minutes=minutes, seeds=seed)
+    write_findings(folder, None)
+
+
 def main() -> None:
     """Entry point of the `echovideo` script."""
     app()

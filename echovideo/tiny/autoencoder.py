@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 
+from echovideo.conditioning import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 from echovideo.synthetic.clip import ClipCondition, sample_conditions, scene_curves
 from echovideo.synthetic.draw import Drawing
 from echovideo.synthetic.person import PARAMETERS, SPLITS, identity_parameters
 from echovideo.tiny.drawing import TEST_CLIPS, draw_clips, draw_people, draw_photos, noisy_points
 from echovideo.tiny.faces import face_image
+from echovideo.tiny.graphed import GraphedGradients
 from echovideo.tiny.parts import FRAMES, SIDE, fresh_vae
 from echovideo.tiny.progress import THOUSANDTHS, Progress, timed_settings
 from echovideo.training.optimizer import MasterAdamW
 
-_ROUGHNESS = 0.01
+_ROUGHNESS = 0.05
+"""Errors below it count squared. An absolute error's best guess is a median, which freckles do not move."""
 _EDGE_WEIGHT = 0.5
-# Many small kernels draw a clip, and about as many draw a batch.
-_DRAW_EVERY = 4
+_FACE_WEIGHT = 0.25
+# A draw takes as long as some steps, and a clip is cut anew each time that it is read.
+_DRAW_EVERY = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,16 +45,21 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AutoencoderSettings:
-    """How the autoencoder is trained: on small pieces first, which cost a quarter, then on whole clips.
+    """How the autoencoder is trained: on small pieces first, which cost less, then on whole clips.
 
-    Every fourth step draws `fresh` clips and faces into a store of the last `kept`; all take theirs from there.
+    A step's pieces are few: each holds hundreds of latent cells, and many steps do more than exact gradients. Every
+    64th step draws `fresh` clips and faces into a store of the last `kept`; all take theirs from there.
     `kl_weight` multiplies the mean divergence of a latent number from the normal distribution.
     """
 
     seconds: float
     seed: int = 1
-    phases: tuple[Phase, ...] = (Phase(until=0.45, clips=48, frames=9, side=64), Phase(until=1.0, clips=64))
-    fresh: int = 24
+    phases: tuple[Phase, ...] = (
+        Phase(until=0.35, clips=24, frames=9, side=64),
+        Phase(until=0.75, clips=16, side=64),
+        Phase(until=1.0, clips=16),
+    )
+    fresh: int = 64
     kept: int = 1536
     learning_rate: float = 1e-3
     kl_weight: float = 1e-4
@@ -69,7 +80,7 @@ class _Store:
         """Draw new clips and faces in the place of the oldest."""
         settings, device = self._settings, self._device
         seeds = range(self._drawn, self._drawn + settings.fresh)
-        people = [seed % len(SPLITS["train"]) for seed in seeds]
+        people = [SPLITS["train"][seed % len(SPLITS["train"])] for seed in seeds]
         drawing, conditions = draw_clips(people, seeds, device)
         photos = draw_photos(people, conditions, device)
         faces = face_image(photos, noisy_points(photos, self._generator), SIDE)
@@ -95,7 +106,7 @@ class _Store:
         frames, rows, columns = cut(FRAMES, phase.frames), cut(SIDE, phase.side), cut(SIDE, phase.side)
         clips = self._clips[at, :, frames, rows, columns].float() / 127.5 - 1
         faces = self._faces[chosen()].float() / 127.5 - 1
-        return clips, faces, self._weights[at, frames, rows, columns].float()
+        return clips, self._weights[at, frames, rows, columns].float(), faces
 
 
 def train_autoencoder(
@@ -110,15 +121,25 @@ def train_autoencoder(
     store = _Store(settings, device, generator)
     for _ in range(max(1, settings.kept // settings.fresh // 4)):
         store.draw()
+
+    def noise(video_BCFHW: Tensor) -> Tensor:
+        frames = 1 + (video_BCFHW.shape[2] - 1) // TEMPORAL_COMPRESSION
+        height, width = (side // SPATIAL_COMPRESSION for side in video_BCFHW.shape[3:])
+        shape = (len(video_BCFHW), vae.config.latent_channels, frames, height, width)
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    backward: Callable[..., Tensor] = partial(_backward, vae, settings.kl_weight)
+    step, shape = backward, None
     progress = Progress(name="autoencoder", seconds=settings.seconds)
     while (share := progress.share) < 1:
         if progress.steps % _DRAW_EVERY == 0:
             store.draw()
-        clips, faces, weights = store.take(next(phase for phase in settings.phases if share < phase.until))
-        loss, error = _loss(vae, clips, weights, settings.kl_weight, generator)
-        loss.backward()
-        face_loss, face_error = _loss(vae, faces, torch.full_like(faces[:, 0], 0.25), settings.kl_weight, generator)
-        face_loss.backward()
+        clips, weights, faces = store.take(next(phase for phase in settings.phases if share < phase.until))
+        inputs = clips, weights, noise(clips), faces, noise(faces)
+        if device.type == "cuda" and shape != clips.shape:
+            step = backward  # The last phase's graph gives its memory back first.
+            step, shape = GraphedGradients(backward, list(vae.parameters()), inputs), clips.shape
+        loss, error, face_error = step(*inputs)
         (loss,), norm, _ = optimizer.step(int(share * THOUSANDTHS), loss[None])
         # From -1 to 1 the range is 2.
         progress.stepped(
@@ -131,15 +152,30 @@ def train_autoencoder(
     return vae.eval().requires_grad_(False)
 
 
+def _backward(
+    vae: AutoencoderKLCogVideoX,
+    kl_weight: float,
+    clips_BCFHW: Tensor,
+    weight_BFHW: Tensor,
+    noise_BCFHW: Tensor,
+    faces_BCFHW: Tensor,
+    face_noise_BCFHW: Tensor,
+) -> Tensor:
+    """Leave the gradients of clips and faces together in the parameters; return the loss and both squared errors."""
+    loss, error = _loss(vae, clips_BCFHW, weight_BFHW, noise_BCFHW, kl_weight)
+    face_weight = torch.full_like(faces_BCFHW[:, 0], _FACE_WEIGHT)
+    face_loss, face_error = _loss(vae, faces_BCFHW, face_weight, face_noise_BCFHW, kl_weight)
+    loss = loss + face_loss
+    loss.backward()
+    return torch.stack([loss.detach(), error, face_error])
+
+
 def _loss(
-    vae: AutoencoderKLCogVideoX, video_BCFHW: Tensor, weight_BFHW: Tensor, kl_weight: float, generator: torch.Generator
+    vae: AutoencoderKLCogVideoX, video_BCFHW: Tensor, weight_BFHW: Tensor, noise_BCFHW: Tensor, kl_weight: float
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of a video and the mean squared error that is part of it."""
     posterior = vae.encode(video_BCFHW.bfloat16()).latent_dist
-    noise = torch.randn(
-        posterior.mean.shape, generator=generator, device=video_BCFHW.device, dtype=posterior.mean.dtype
-    )
-    decoded = vae.decode(posterior.mean + posterior.std * noise).sample.float()
+    decoded = vae.decode(posterior.mean + posterior.std * noise_BCFHW).sample.float()
     mean, log_variance = posterior.mean.float(), posterior.logvar.float()
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     loss = reconstruction_loss(decoded, video_BCFHW, weight_BFHW) + kl_weight * divergence

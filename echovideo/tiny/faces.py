@@ -38,10 +38,11 @@ def warp(pictures_NCHW: Tensor, points_N52: Tensor, template_52: Tensor, templat
     """
     centre, target = points_N52.mean(1, keepdim=True), template_52.mean(0)
     (x, y), (u, v) = (points_N52 - centre).unbind(-1), (template_52 - target).unbind(-1)
-    # From template to picture: (x, y) = (a u - b v, b u + a v) + centre, the complex slope that fits best.
-    power = (u * u + v * v).sum()
-    a, b = (x * u + y * v).sum(1) / power, (y * u - x * v).sum(1) / power
-    # Fitted from template to picture: for points that fit well, the inverse of the fit the other way.
+    # The complex slope that takes the points nearest to the template, as the analyzer fits it, and its inverse
+    # (x, y) = (a u - b v, b u + a v) + centre. Fitted the other way, a turned face would come out larger.
+    real, imaginary = (x * u + y * v).sum(1), (y * u - x * v).sum(1)
+    inverse = (x * x + y * y).sum(1) / (real.square() + imaginary.square())
+    a, b = real * inverse, imaginary * inverse
     axis = (torch.arange(side, device=points_N52.device, dtype=points_N52.dtype) + 0.5) * (template_side / side)
     v, u = torch.meshgrid(axis - target[1], axis - target[0], indexing="ij")
     a, b = a[:, None, None], b[:, None, None]

@@ -75,10 +75,11 @@ def generate(
         latents, predicted = sampler.step(
             velocity, predicted, timestep, previous, latents, generator=generator, return_dict=False
         )
-    return torch.cat([_decoded(encoders, part) for part in latents.split(_DECODED_AT_ONCE)])
+    return torch.cat([decoded(encoders, part) for part in latents.split(_DECODED_AT_ONCE)])
 
 
-def _decoded(encoders: Encoders, latents_BFCHW: Tensor) -> Tensor:
+def decoded(encoders: Encoders, latents_BFCHW: Tensor) -> Tensor:
+    """Return the clips of scaled latents (B, F, 16, h, w), uint8 (B, frames, 8 h, 8 w, 3) on the CPU."""
     latents = (latents_BFCHW / encoders.scaling_factor).transpose(1, 2).bfloat16()
     video = encoders.vae.decode(latents).sample.float()  # type: ignore[operator]
     pixels: Tensor = ((video.clamp(-1, 1) + 1) * 127.5).round().byte()

@@ -72,15 +72,15 @@ def load_image_encoder() -> SiglipVisionModel:
     return encoder
 
 
-def load_transformer() -> EchoVideoTransformer3DModel:
-    """Return the shipped transformer, float32."""
-    transformer = EchoVideoTransformer3DModel(tiny_config())
-    _load("transformer", transformer)
+def load_transformer(folder: Path | None = None) -> EchoVideoTransformer3DModel:
+    """Return the transformer that `save` wrote to a folder, the shipped one by default, float32."""
+    transformer = EchoVideoTransformer3DModel(tiny_config()).eval()
+    _load("transformer", transformer, folder)
     return transformer
 
 
-def _load(part: str, module: nn.Module) -> None:
-    tensors = load_file(_file(WEIGHTS, part))
+def _load(part: str, module: nn.Module, folder: Path | None = None) -> None:
+    tensors = load_file(_file(folder or WEIGHTS, part))
     missing, unexpected = module.load_state_dict(tensors, strict=False)
     # A tensor that two places share is written once.
     own = module.state_dict()

@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 
 from echovideo.evaluation.cases import drawn_cases
+from echovideo.evaluation.networks import load_judges
 from echovideo.faces.recogniser import load_recogniser
 from echovideo.synthetic.results import Row, write_results
 from echovideo.tiny import shipped
 from echovideo.tiny.autoencoder import AutoencoderSettings, measure_autoencoder, train_autoencoder
-from echovideo.tiny.diffusion import ModelSettings, measure_model, train_model
+from echovideo.tiny.diffusion import ModelSettings, train_model
 from echovideo.tiny.parts import train_tokenizer
+from echovideo.tiny.scoring import Exam, measure_model
 from echovideo.tiny.towers import TowersSettings, measure_towers, train_towers
 from echovideo.tiny.world import Encoders
 
@@ -51,7 +53,7 @@ def autoencoder(options: Options) -> Measures:
     start = shipped.load_vae() if shipped.has("autoencoder") else None
     settings = AutoencoderSettings(seconds=options.seconds)
     if start:
-        settings = replace(settings, phases=settings.phases[-1:], learning_rate=settings.learning_rate / 2)
+        settings = replace(settings, phases=settings.phases[1:], learning_rate=settings.learning_rate / 2)
     vae = train_autoencoder(settings, options.device, start)
     found = measure_autoencoder(vae, options.device)
     shipped.save_vae(vae, scaling_factor=1 / found.latents_deviation, folder=options.out)
@@ -74,12 +76,16 @@ def towers(options: Options) -> Measures:
 
 
 def model(options: Options) -> Measures:
-    """Encode the world, train base, stage 1 and stage 2 on it, and score what the model makes of unseen people."""
+    """Encode the world, train base, stage 1 and stage 2 on it, and score what the model makes of unseen people.
+
+    Goes on from the shipped transformer if there is one: the base is then left out.
+    """
     encoders = Encoders.shipped(load_recogniser(options.recogniser), options.device)
-    settings = ModelSettings(seconds=options.seconds)
-    transformer = train_model(settings, encoders, options.device)
+    start = shipped.load_transformer() if shipped.has("transformer") else None
+    transformer = train_model(ModelSettings(seconds=options.seconds), encoders, options.device, start)
     shipped.save("transformer", transformer, options.out)
-    return measure_model(transformer, encoders, drawn_cases(), options.out, options.device)
+    exam = Exam.of(encoders, load_judges(device=options.device), drawn_cases(), options.device)
+    return measure_model(transformer, exam, options.out)
 
 
 PARTS: Mapping[str, Callable[[Options], Measures]] = {

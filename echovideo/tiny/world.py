@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
 import torch
@@ -62,17 +64,17 @@ class Encoders:
     @torch.no_grad()
     def text(self, tokens_BN: Tensor) -> Tensor:
         """Return T5's states (B, 226, 128) of token numbers."""
-        states: Tensor = self.text_encoder(tokens_BN.long())[0]
+        states: Tensor = self.text_encoder(tokens_BN.to(self.text_encoder.device))[0]
         return states
 
     def tokens(self, captions: list[str]) -> Tensor:
-        """Return captions' token numbers (B, 226) int16, padded."""
+        """Return captions' token numbers (B, 226) int64, padded, on the CPU."""
         length = TransformerConfig().max_text_seq_length
         encoded = self.tokenizer(
             captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         )
         numbers: Tensor = encoded.input_ids
-        return numbers.to(self.text_encoder.device, torch.int16)
+        return numbers
 
     @torch.no_grad()
     def null(self) -> NullCondition:
@@ -113,12 +115,12 @@ class Photos:
 class World:
     """N encoded clips, each of another person, with CAPTIONS captions and PHOTOS photos each; on the device.
 
-    `latents_NFCHW` bfloat16, scaled; `text_NCT` int16 token numbers; `share_NFHW` uint8, 255 all face; photos as
-    Photos has them, (N, PHOTOS, ...).
+    `latents_NFCHW`, scaled, and `text_NCTD`, the captions' states, are bfloat16; `share_NFHW` uint8, 255 all face;
+    photos are as Photos has them, (N, PHOTOS, ...).
     """
 
     latents_NFCHW: Tensor  # noqa: N815
-    text_NCT: Tensor  # noqa: N815
+    text_NCTD: Tensor  # noqa: N815
     share_NFHW: Tensor  # noqa: N815
     tokens_NPTD: Tensor  # noqa: N815
     embedding_NPD: Tensor  # noqa: N815
@@ -138,6 +140,51 @@ def photo_scene(conditions: list[ClipCondition]) -> Tensor:
     return closer(scene_curves(conditions, 3)[:, 1:2])
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Chunk:
+    """What the CPU makes of some people: their seeds (B,), scenes (B, frames and photos, curves), captions' tokens."""
+
+    seeds_B: Tensor  # noqa: N815
+    scene_BFS: Tensor  # noqa: N815
+    tokens_BCT: Tensor  # noqa: N815
+
+    def to(self, device: torch.device) -> _Chunk:
+        """Return it on the device, copied without waiting for what the device is at."""
+        if device.type != "cuda":
+            return self
+        moved = {name: getattr(self, name).pin_memory() for name in (field.name for field in fields(self))}
+        return _Chunk(**{name: tensor.to(device, non_blocking=True) for name, tensor in moved.items()})
+
+
+def _prepared(encoders: Encoders, people: range, first_clip: int) -> Iterator[_Chunk]:
+    """Yield the chunks of the people; a thread makes the next one while the caller has the last."""
+
+    def prepare(start: int) -> _Chunk:
+        seeds = people[start : start + _CHUNK]
+        number = range(first_clip + PHOTOS * start, first_clip + PHOTOS * (start + len(seeds)))
+        conditions, *others = (sample_conditions(number[kind::PHOTOS]) for kind in range(PHOTOS))
+        scene = scene_curves(conditions, FRAMES)
+        # One drawing of one shape: the clip, two photos of other occasions, and a frame of the clip from closer.
+        middle = scene[:, FRAMES // 2 : FRAMES // 2 + 1]
+        said = [
+            encoders.tokens([caption(c, seed=c.seed + variant * 7_919) for c in conditions])
+            for variant in range(CAPTIONS)
+        ]
+        return _Chunk(
+            seeds_B=torch.tensor(list(seeds)),
+            scene_BFS=torch.cat([scene, *(photo_scene(other) for other in others), closer(middle)], dim=1),
+            tokens_BCT=torch.stack(said, dim=1),
+        )
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        starts = range(0, len(people), _CHUNK)
+        coming = thread.submit(prepare, starts[0])
+        for start in starts[1:]:
+            ready, coming = coming.result(), thread.submit(prepare, start)
+            yield ready
+        yield coming.result()
+
+
 @torch.no_grad()
 def encode_world(
     encoders: Encoders, people: range, first_clip: int, generator: torch.Generator, *, compiled: bool
@@ -146,35 +193,25 @@ def encode_world(
     device = generator.device
     parts: list[tuple[Tensor, ...]] = []
     began = told = time.monotonic()
-    for start in range(0, len(people), _CHUNK):
-        seeds = people[start : start + _CHUNK]
-        number = range(first_clip + PHOTOS * start, first_clip + PHOTOS * (start + len(seeds)))
-        conditions, *others = (sample_conditions(number[kind::PHOTOS]) for kind in range(PHOTOS))
-        scene = scene_curves(conditions, FRAMES)
-        # One drawing of one shape: the clip, two photos of other occasions, and a frame of the clip from closer.
-        middle = scene[:, FRAMES // 2 : FRAMES // 2 + 1]
-        pictures = [scene, *(photo_scene(other) for other in others), closer(middle)]
-        identity = identity_parameters(torch.tensor(list(seeds), device=device))
-        drawing = draw_people(identity, torch.cat(pictures, dim=1).to(device), SIDE, compiled=compiled)
+    done = 0
+    for prepared in _prepared(encoders, people, first_clip):
+        chunk = prepared.to(device)
+        drawing = draw_people(identity_parameters(chunk.seeds_B), chunk.scene_BFS, SIDE, compiled=compiled)
         clip, photos = _split(drawing, FRAMES)
         video = clip.frames_BFCHW.transpose(1, 2) * 2 - 1
         posterior = encoders.vae.encode(video.bfloat16()).latent_dist  # type: ignore[operator]
         encoded = encoders.photos(photos, generator)
-        said = [
-            encoders.tokens([caption(c, seed=c.seed + variant * 7_919) for c in conditions])
-            for variant in range(CAPTIONS)
-        ]
         parts.append(
             (
                 (posterior.mean * encoders.scaling_factor).transpose(1, 2),
-                torch.stack(said, dim=1),
+                encoders.text(chunk.tokens_BCT.flatten(0, 1)).unflatten(0, (-1, CAPTIONS)),
                 (latent_share(clip.face_BFHW) * 255).round().byte(),
                 *(getattr(encoded, field.name).unflatten(0, (-1, PHOTOS)) for field in fields(encoded)),
             )
         )
+        done += len(chunk.seeds_B)
         if time.monotonic() - told > _REPORT_SECONDS:
             told = time.monotonic()
-            done = start + len(seeds)
             print(
                 f"world: {done}/{len(people)}, {done / (told - began):.0f} clips a second", file=sys.stderr, flush=True
             )
@@ -223,12 +260,18 @@ class Whitening:
         """Let a layer that was trained on mapped embeddings take raw ones."""
         projection.weight.copy_(projection.weight.float() @ self.matrix_DD.to(projection.weight.device))
 
+    @torch.no_grad()
+    def unfold(self, projection: torch.nn.Linear) -> None:
+        """Let a layer that takes raw embeddings be trained on mapped ones."""
+        matrix = self.matrix_DD.to(projection.weight.device)
+        projection.weight.copy_(torch.linalg.solve(matrix, projection.weight.float(), left=False))
+
 
 class WorldSource:
     """An ExampleSource over a World: each example a clip, one of its captions and one of its photos, by chance."""
 
-    def __init__(self, world: World, encoders: Encoders, whitening: Whitening, settings: StageSettings) -> None:
-        self._world, self._encoders, self._settings = world, encoders, settings
+    def __init__(self, world: World, whitening: Whitening, settings: StageSettings) -> None:
+        self._world, self._settings = world, settings
         self._embedding = (world.embedding_NPD @ whitening.matrix_DD.T).bfloat16()
 
     @torch.no_grad()
@@ -245,7 +288,7 @@ class WorldSource:
         photo = others if settings.references == "cross_clip" else torch.full_like(others, PHOTOS - 1)
         return TrainingBatch(
             latents_BFCHW=world.latents_NFCHW[at],
-            text_BND=self._encoders.text(world.text_NCT[at, said]),
+            text_BND=world.text_NCTD[at, said],
             face_tokens_BND=world.tokens_NPTD[at, photo],
             embedding_BD=self._embedding[at, photo],
             face_mean_BCHW=world.mean_NPCHW[at, photo],
