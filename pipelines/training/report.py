@@ -163,7 +163,7 @@ def render_trial_report(
     scores: Mapping[str, Any],
     sheet: bytes,
     *,
-    trained: bool,
+    judged: bool,
 ) -> str:
     """Return the page of a learnt person: scores with and without the adapter, and a sheet of frames, a PNG."""
     css = resource("report.css")
@@ -178,5 +178,5 @@ def render_trial_report(
         videos=videos,
         scores=scores,
         sheet=picture_uri(sheet, _TRIAL_SIDE),
-        trained=trained,
+        judged=judged,
     )

@@ -19,7 +19,7 @@ from echovideo.training.loop import train
 from echovideo.training.settings import AdapterSettings, StageSettings
 from tests.echovideo.training.small import SmallSource, null_condition, schedule, settings, small_model
 
-CARD = ModelCard(name="base", licence="CC BY-NC 4.0", trained=False)
+CARD = ModelCard(name="base", licence="CC BY-NC 4.0", judged=False)
 
 
 def _trained(folder: Path, chosen: StageSettings) -> tuple[EchoVideoTransformer3DModel, Path, Path]:
@@ -42,7 +42,7 @@ def test_export_model_is_the_base_with_the_trained_transformer_and_its_licence(t
     found = load_transformer(tmp_path / "new", dtype=torch.float32)
     for name, parameter in trained.named_parameters():
         assert torch.equal(parameter, found.get_parameter(name)), name
-    assert read_card(tmp_path / "new") == ModelCard(name="stage-two", licence="CC BY-NC 4.0", trained=True)
+    assert read_card(tmp_path / "new") == ModelCard(name="stage-two", licence="CC BY-NC 4.0", judged=False)
     assert (tmp_path / "new" / "vae" / "config.json").read_text() == "{}"
     with pytest.raises(StorageError, match="is there already"):
         export_model(checkpoint, base, tmp_path / "new", name="again", dtype=torch.float32)
