@@ -69,8 +69,10 @@ def run_ablation(
     """Train and score every arm that is not in the folder yet, each for `minutes` of this machine's steps.
 
     The plan that is there already wins over `minutes` and `people`. Raises TrainingError where the folder was begun
-    with other encoders.
+    with other encoders, FileNotFoundError where the judges were not trained yet.
     """
+    # Before anything is trained that they would have to score.
+    load_judges()
     folder.mkdir(parents=True, exist_ok=True)
     devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
     plan = prepare(folder, minutes=minutes, people=people, recogniser=recogniser, device=torch.device(devices[0]))

@@ -80,11 +80,12 @@ def model(options: Options) -> Measures:
 
     Goes on from the shipped transformer if there is one: the base is then left out.
     """
+    judges = load_judges(device=options.device)
     encoders = Encoders.shipped(load_recogniser(options.recogniser), options.device)
     start = shipped.load_transformer() if shipped.has("transformer") else None
     transformer = train_model(ModelSettings(seconds=options.seconds), encoders, options.device, start)
     shipped.save("transformer", transformer, options.out)
-    exam = Exam.of(encoders, load_judges(device=options.device), drawn_cases(), options.device)
+    exam = Exam.of(encoders, judges, drawn_cases(), options.device)
     return measure_model(transformer, exam, options.out)
 
 
