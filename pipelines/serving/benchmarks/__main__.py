@@ -108,7 +108,7 @@ class Bench:
 
 
 def measure_accept(bench: Bench) -> Iterator[Row]:
-    """50 uploads of about 100 kB a second for 30 s, from sending to the 202: written and queued. The median of three."""
+    """50 uploads of 100 kB a second for 30 s, from sending to the 202: written and queued; the median of three."""
     photos = bench.folder / "photos"
     photos.mkdir()
     for number in range(50 * _WINDOW_S):
