@@ -25,6 +25,7 @@ def container_metadata(
         "seed": str(seed),
         "ai_generated": "true",
         **({"adapter": adapter_sha256} if adapter_sha256 else {}),
+        **({"comment": card.notice} if card.notice else {}),
     }
 
 

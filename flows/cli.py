@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from pipelines.storage import StoragePath
 
 _ROWS_FAILED = 2
-_UNTRAINED = "[yellow]The model is untrained: its videos are coloured noise and show nobody.[/yellow]"
 _SHOWN_ROWS = 20
 
 
@@ -171,8 +170,8 @@ def render(
             }
         )
     )
-    if not sidecar["model"]["trained"]:
-        err.print(_UNTRAINED)
+    if sidecar["model"]["notice"]:
+        err.print(Text(sidecar["model"]["notice"], style="yellow"))
 
 
 @app.command()
@@ -753,8 +752,8 @@ def _print_run(ledger: Ledger, config: RunConfig, num_rows: int, *, json: bool) 
     facts |= {"report": files.get(REPORT, "not written yet"), "results": files.get(RESULTS, "not written yet")}
     facts |= {"videos": videos, "model": f"{card.name}, {card.licence}"}
     out.print(facts_table(facts))
-    if not card.trained:
-        err.print(_UNTRAINED)
+    if card.notice:
+        err.print(Text(card.notice, style="yellow"))
 
 
 def _row_line(outcome: RowOutcome, videos: StoragePath) -> dict[str, str]:

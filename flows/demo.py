@@ -1,41 +1,43 @@
-"""The demo: two public-domain portraits, three prompts each, and one photo without a face, rendered as a batch."""
+"""The demo: three drawn people, two prompts each, and one photo without a face, rendered as a batch."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-import matplotlib
 import skimage.data
 from PIL import Image
 
 from echovideo.request import RenderRequest
+from echovideo.synthetic.draw import draw_references
+from echovideo.synthetic.person import SPLITS, people
 from flows.cli import app
 from pipelines.manifest import write_manifest
 from pipelines.storage import StoragePath
 
+# People that no training and no measurement has seen, of light, medium and dark skin.
+_PEOPLE = {"ada": 2, "ben": 3, "cleo": 6}
+_PHOTO_SIDE = 384
 PROMPTS = (
-    "The person smiles at the camera, in a sunlit kitchen, soft light and shallow depth of field",
-    "The person turns the head slowly to the left, on a quiet beach at dawn, cinematic with film grain",
-    "The person reads a letter by the window, in a warm library, gentle camera movement",
+    "A person facing the camera, turning the head to the left, with a friendly smile on the lips, with short hair, "
+    "with hair dyed blue, wearing yellow, in a T-shirt, in a green park, in warm light.",
+    "A person looking to the right, talking, with long hair, with hair of a natural colour, wearing red, "
+    "in a high collar, in a library, lit from the left.",
 )
 
 
 def write_demo(folder: Path) -> Path:
-    """Write photos and a manifest of seven 96x96 rows, the last without a face, and return the manifest's path.
-
-    The portraits are NASA's of Eileen Collins and the US Navy's of Grace Hopper, as scikit-image and matplotlib
-    ship them.
-    """
+    """Write photos and a manifest of seven 96x96 rows, the last without a face, and return the manifest's path."""
     photos = folder / "photos"
     photos.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(skimage.data.astronaut()).save(photos / "astronaut.png")
+    shown = people([SPLITS["validation"][number] for number in _PEOPLE.values()])
+    pictures = (draw_references(shown, side=_PHOTO_SIDE).frames_BFCHW[:, 0] * 255).round().byte()
+    for name, picture in zip(_PEOPLE, pictures.permute(0, 2, 3, 1).numpy(), strict=True):
+        Image.fromarray(picture).save(photos / f"{name}.png")
     Image.fromarray(skimage.data.coffee()).save(photos / "coffee.png")
-    hopper = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
-    (photos / "admiral.jpg").write_bytes(hopper.read_bytes())
     rows = [
-        (f"{Path(photo).stem}-{number}", photo, prompt)
-        for photo in ("astronaut.png", "admiral.jpg")
+        (f"{name}-{number}", f"{name}.png", prompt)
+        for name in _PEOPLE
         for number, prompt in enumerate(PROMPTS, start=1)
     ]
     rows.append(("no-face", "coffee.png", PROMPTS[0]))

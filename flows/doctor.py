@@ -189,8 +189,7 @@ def _tiny(models: Path) -> Check:
             found=f"not in {models}",
             advice="built on first use, or by: echovideo models pull tiny",
         )
-    trained = "" if read_card(folder).trained else ", untrained: its videos are coloured noise"
-    return Check(name="tiny model", status="ok", found=f"{folder}{trained}")
+    return Check(name="tiny model", status="ok", found=f"{folder}, {read_card(folder).name}")
 
 
 def _face_nets() -> Check:

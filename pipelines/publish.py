@@ -79,7 +79,8 @@ def _view(config: RunConfig, manifest: Manifest, ledger: Ledger) -> RunView:
         started=_iso(started),
         finished=_iso(max(ended, default=started)),
         model=config.card.name,
-        trained=config.card.trained,
+        notice=config.card.notice,
+        judged=config.card.judged,
         licence=config.card.licence,
         rows=tuple(view for _, view in sorted(rows, key=lambda item: item[0])),
         settings={

@@ -65,13 +65,14 @@ class RowView:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunView:
-    """One run as the report shows it: ISO 8601 times, settings as printed, `trained` False for untrained weights."""
+    """One run as the report shows it: ISO 8601 times, `notice` and `judged` as its model's card says."""
 
     run_id: str
     started: str
     finished: str
     model: str
-    trained: bool
+    notice: str
+    judged: bool
     licence: str
     rows: tuple[RowView, ...]
     settings: Mapping[str, object] = field(default_factory=dict)

@@ -18,14 +18,25 @@ PUBLISHED_LICENCE = "CC BY-NC 4.0"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelCard:
-    """What must be said of a model wherever its videos go; a folder without a card is the published model."""
+    """What must be said of a model wherever its videos go; a folder without a card is the published model.
+
+    `notice` says in a sentence or two what its videos are not. A model that is not `judged` does not draw faces that
+    can be told apart: its videos are not compared with the photo.
+    """
 
     name: str = "EchoVideo-5B"
     licence: str = PUBLISHED_LICENCE
-    trained: bool = True
+    judged: bool = True
+    notice: str = ""
 
 
-TINY = ModelCard(name="tiny-1", licence="Apache-2.0", trained=False)
+TINY = ModelCard(
+    name="tiny-2",
+    licence="Apache-2.0",
+    judged=False,
+    notice="This small model knows only a drawn world: its videos show drawn people in the skin tone of the photo, "
+    "not yet with its face.",
+)
 """The embedded model; its number is raised with every change of its weights."""
 
 

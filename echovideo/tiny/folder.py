@@ -6,30 +6,23 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
-
 from echovideo.faces.recogniser import export_recogniser
 from echovideo.model.card import TINY, write_card
-from echovideo.model.transformer import EchoVideoTransformer3DModel
 from echovideo.pipeline import EchoVideoPipeline
-from echovideo.tiny import parts
-
-SEED = 20250122
+from echovideo.tiny import parts, shipped
 
 
 def build_tiny(folder: Path) -> None:
-    """Write the tiny model's whole folder, face nets included, from its seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        pipeline = EchoVideoPipeline(
-            tokenizer=parts.train_tokenizer(),
-            text_encoder=parts.fresh_text_encoder(),
-            vae=parts.fresh_vae(),
-            transformer=EchoVideoTransformer3DModel(parts.tiny_config()).eval(),
-            scheduler=parts.scheduler(),
-            image_encoder=parts.fresh_image_encoder(),
-            image_processor=parts.image_processor(),
-        )
+    """Write the tiny model's whole folder from the shipped weights, face nets included."""
+    pipeline = EchoVideoPipeline(
+        tokenizer=shipped.load_tokenizer(),
+        text_encoder=shipped.load_text_encoder().bfloat16().eval(),
+        vae=shipped.load_vae().bfloat16().eval(),
+        transformer=shipped.load_transformer().bfloat16().eval(),
+        scheduler=parts.scheduler(),
+        image_encoder=shipped.load_image_encoder().bfloat16().eval(),
+        image_processor=parts.image_processor(),
+    )
     pipeline.save_pretrained(folder)
     (folder / "face_encoder").mkdir()
     export_recogniser(folder / "face_encoder" / "recogniser.onnx")

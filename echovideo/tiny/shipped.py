@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, SiglipVisionModel, T5EncoderModel
 
-from echovideo.tiny.parts import fresh_image_encoder, fresh_text_encoder, fresh_vae
+from echovideo.model.transformer import EchoVideoTransformer3DModel
+from echovideo.tiny.parts import fresh_image_encoder, fresh_text_encoder, fresh_vae, tiny_config
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -69,6 +70,13 @@ def load_image_encoder() -> SiglipVisionModel:
     encoder = fresh_image_encoder()
     _load("image_encoder", encoder)
     return encoder
+
+
+def load_transformer() -> EchoVideoTransformer3DModel:
+    """Return the shipped transformer, float32."""
+    transformer = EchoVideoTransformer3DModel(tiny_config())
+    _load("transformer", transformer)
+    return transformer
 
 
 def _load(part: str, module: nn.Module) -> None:

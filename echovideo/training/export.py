@@ -29,7 +29,7 @@ def export_model(checkpoint: Path, base: Path, folder: Path, *, name: str, dtype
     shutil.rmtree(writing, ignore_errors=True)
     shutil.copytree(base, writing, ignore=lambda place, _: ["transformer"] if Path(place) == base else [])
     save_transformer(model, writing)
-    write_card(replace(read_card(base), name=name, trained=True), writing)
+    write_card(replace(read_card(base), name=name), writing)
     writing.rename(folder)
 
 

@@ -58,6 +58,8 @@ class LocalService:
             num_cpus=max(os.cpu_count() or 1, math.ceil(need)),
             include_dashboard=False,
             runtime_env={"env_vars": PROXY_ENVIRONMENT},
+            # Ray's workers yield to everything else on the machine by default; here only renderers are to.
+            _system_config={"worker_niceness": 0},
             log_to_driver=False,
             logging_level=logging.ERROR,
         )

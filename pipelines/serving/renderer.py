@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import resource
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pipelines.stages.stage import Stage
 
 _REPORT_TIMEOUT_S = 10.0
+_NICE = 10
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ class Renderer:
         # Imported here because torch takes seconds to load and only this replica needs it.
         from pipelines.serving.path import WholePath
 
+        # Networks on the CPU take all of it that they get; whoever asks, polls or uploads is answered first.
+        os.nice(_NICE)
         self.config = config
         self.path = WholePath(config.on_demand("any"), epoch=0, stages=load_stages())
         self.dispatcher: DeploymentHandle[Any] = serve.get_deployment_handle(

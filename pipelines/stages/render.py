@@ -67,8 +67,8 @@ class RenderStage(Stage):
     def __init__(self, config: RunConfig, epoch: int) -> None:
         super().__init__(config, epoch)
         self.renderer = self.open_renderer()
-        # An untrained model draws nobody, so there is no face to judge.
-        self.analyzer = FaceAnalyzer(open_pack(Path(config.model) / "face_encoder")) if config.card.trained else None
+        # Faces that nobody can tell apart are not judged.
+        self.analyzer = FaceAnalyzer(open_pack(Path(config.model) / "face_encoder")) if config.card.judged else None
         self._gpu = threading.Lock()
         self._analyzing = threading.Lock()
         self.watch: KeepGoing = _unwatched
@@ -170,7 +170,7 @@ class RenderStage(Stage):
                 }
                 for take in takes
             ],
-            "face_judged": "yes" if config.card.trained else "no: the model is untrained and draws no faces",
+            "face_judged": "yes" if config.card.judged else "no: the model's faces cannot be told apart",
         }
 
 

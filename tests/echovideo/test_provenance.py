@@ -5,7 +5,7 @@ from echovideo.provenance import container_metadata, sidecar_basis
 from echovideo.request import RenderRequest
 from echovideo.settings import EngineSettings
 
-CARD = ModelCard(name="EchoVideo-5B", licence="CC BY-NC 4.0", trained=True)
+CARD = ModelCard(name="EchoVideo-5B", licence="CC BY-NC 4.0")
 REQUEST = RenderRequest(row_id="row-7", prompt="p" * 300, photo_uri="a.png", consent_id="c-1", tags={"client": "x"})
 
 

@@ -8,13 +8,14 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from echovideo.model.card import TINY
 from echovideo.video import decode_mp4
 from flows.cli import app
 from tests.flows.conftest import Command, Running, make_manifest, wait_for
@@ -113,7 +114,7 @@ def test_batch_run_document_says_where_everything_is(story: Story) -> None:
     document = story.resumed.document
     assert (document["rows"], document["waiting"]) == (5, 0)
     assert [(row["row_id"], row["code"]) for row in document["without_video"]] == [("nobody", "no_face")]
-    assert document["model"] == {"name": "tiny-1", "licence": "Apache-2.0", "trained": False}
+    assert document["model"] == asdict(TINY)
     assert Path(document["report"]).read_text().startswith("<!doctype html>")
     assert pq.read_table(document["results"]).num_rows == 5
 
@@ -127,7 +128,7 @@ def test_render_one_gives_the_batch_s_own_frames(story: Story, photos: Path, mod
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert (document["video"]["num_frames"], document["video"]["width"], document["video"]["fps"]) == (9, 96, 16)
-    assert document["model"]["trained"] is False
+    assert document["model"]["judged"] is False
     assert json.loads(out.with_suffix(".json").read_text())["video"]["sha256"] == document["video"]["sha256"]
     # The two files differ in what their metadata say; the pictures may not.
     assert (decode_mp4(out) == decode_mp4(Path(ok["video"]["uri"]))).all()
@@ -138,7 +139,7 @@ def test_batch_status_finished_run_shows_counts_and_videos(story: Story) -> None
     assert result.exit_code == 0, result.output
     assert "5 rows: 4 ok  1 rejected" in result.stdout
     assert "no face was found" in result.stdout
-    assert "untrained" in result.stderr
+    assert "a drawn world" in result.stderr
 
 
 def test_batch_report_deleted_view_is_written_again(story: Story, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ CONFIG = RunConfig(
     output="out",
     model="models/tiny",
     model_digest="2" * 64,
-    card=ModelCard(name="tiny", licence="Apache-2.0", trained=False),
+    card=ModelCard(name="tiny", licence="Apache-2.0", judged=False),
     defaults=Defaults(seed=3, tags={"studio": "north"}),
     uri_policy=UriPolicy(roots=("/photos",), https_hosts=("example.com",)),
 )

@@ -120,13 +120,14 @@ def rows(photo: bytes, face: bytes, video: Video) -> tuple[RowView, ...]:
     )
 
 
-def run_view(rows: tuple[RowView, ...], *, trained: bool = True) -> RunView:
+def run_view(rows: tuple[RowView, ...], *, notice: str = "", judged: bool = True) -> RunView:
     return RunView(
         run_id="spring-run",
         started="2026-03-01T09:00:00+00:00",
         finished="2026-03-01T09:05:30+00:00",
         model="EchoVideo tiny",
-        trained=trained,
+        notice=notice,
+        judged=judged,
         licence="Weights: Apache-2.0.",
         rows=rows,
         settings={"tier": "exact", "num_inference_steps": 50},
@@ -265,13 +266,14 @@ def test_render_report_counts_and_times_come_from_the_rows(rows: tuple[RowView, 
     assert sum(float(width) for width in re.findall(r'-fill" x="[\d.]+" y="0" width="([\d.]+)"', html)) == 100
 
 
-@pytest.mark.parametrize("trained", [True, False])
-def test_render_report_says_that_pictures_are_noise_only_when_untrained(
-    rows: tuple[RowView, ...], trained: bool
+@pytest.mark.parametrize("judged", [True, False])
+def test_render_report_says_what_the_model_is_not_and_whether_videos_were_judged(
+    rows: tuple[RowView, ...], judged: bool
 ) -> None:
-    html = render_report(run_view(rows, trained=trained))
-    assert ("pictures are noise" in html) is not trained
-    assert ("Identity gating was off" in html) is not trained
+    html = render_report(run_view(rows, notice="Its people are drawn.", judged=judged))
+    assert "<strong>Its people are drawn.</strong>" in html
+    assert ("No video was checked against its photo" in html) is not judged
+    assert 'class="note"' not in render_report(run_view(rows))
 
 
 def test_render_report_beyond_its_room_links_videos_and_does_not_read_them(rows: tuple[RowView, ...]) -> None:
@@ -313,7 +315,7 @@ def test_row_view_with_a_script_address_is_refused(rows: tuple[RowView, ...]) ->
 @pytest.fixture(scope="module")
 def page_file(rows: tuple[RowView, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(render_report(run_view(rows, trained=False)))
+    path.write_text(render_report(run_view(rows, judged=False)))
     return path
 
 

@@ -57,10 +57,10 @@ def ray_of_two_cpus(s3_options: StorageOptions) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def stub_model(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, astronaut_png: bytes) -> Path:
-    """A model folder for the stub stages: real face nets, one identity, one condition, and a card that says trained."""
+    """A model folder for the stub stages: real face nets, one identity, one condition, and a card that says judged."""
     folder = tmp_path_factory.mktemp("stub") / "model"
     shutil.copytree(tiny_folder / "face_encoder", folder / "face_encoder")
-    write_card(ModelCard(name="stub", licence="none", trained=True), folder)
+    write_card(ModelCard(name="stub", licence="none"), folder)
     identity = FaceAnalyzer(open_pack(folder / "face_encoder")).analyze(astronaut_png)
     (folder / "identity.safetensors").write_bytes(identity.to_bytes())
     mean, std = torch.zeros(16, 12, 12), torch.ones(16, 12, 12)
@@ -335,7 +335,7 @@ def test_run_tiny_model_on_s3_renders_real_photographs(
     # Two people, three good rows: two identities were made.
     assert len((ledger.folder / "identities").list_names()) == 2
     report = (ledger.folder / "report.html").read_bytes().decode()
-    assert "untrained" in report
+    assert "a drawn world" in report
     assert "collins-1" in report
 
     again = replace(config, output=str(root / "again"))

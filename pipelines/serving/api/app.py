@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, get_args
 
 from fastapi import APIRouter, FastAPI
@@ -101,7 +102,7 @@ async def options(service: ServiceHere, caller: Reader) -> Any:
         if isinstance(field.default, int | float | str)
     }
     return {
-        "model": {"name": config.card.name, "licence": config.card.licence, "trained": config.card.trained},
+        "model": asdict(config.card),
         "sizes": {name: {"width": width, "height": height} for name, (height, width) in SIZES.items()},
         "num_frames": list(range(9, MAX_FRAMES + 1, 8)),
         "tiers": list(AVAILABLE_TIERS),

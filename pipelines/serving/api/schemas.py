@@ -274,7 +274,8 @@ class ModelView(BaseModel):
 
     name: str
     licence: str
-    trained: bool
+    judged: bool
+    notice: str
 
 
 class Options(BaseModel):

@@ -74,7 +74,7 @@ def measure(engine: Engine, request: RenderRequest, rounds: int, folder: Path) -
         store=str(folder / "store"),
         model=str(folder),
         model_digest="random",
-        card=ModelCard(name="random", licence="none", trained=False),
+        card=ModelCard(name="random", licence="none", judged=False),
         engine=engine.settings,
     )
     run = config.on_demand(_TENANT)

@@ -90,7 +90,7 @@ def make_model(folder: Path) -> Path:
     tiny = ensure_tiny(folder)
     model = folder / "model"
     shutil.copytree(tiny / "face_encoder", model / "face_encoder")
-    write_card(ModelCard(name="stub", licence="none", trained=False), model)
+    write_card(ModelCard(name="stub", licence="none", judged=False), model)
     identity = FaceAnalyzer(open_pack(model / "face_encoder")).analyze(photo_of(0))
     (model / "identity.safetensors").write_bytes(identity.to_bytes())
     mean, std = torch.zeros(16, 12, 12), torch.ones(16, 12, 12)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from echovideo import EchoVideoPipeline, IdentityImageTextFusion
 from echovideo.errors import WeightsError
 from echovideo.model import folder as model_folder
-from echovideo.model.card import ModelCard, folder_digest, read_card, resolve_folder
+from echovideo.model.card import TINY, ModelCard, folder_digest, read_card, resolve_folder
 
 CALL = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 2, "output_type": "latent"}
 
@@ -89,6 +89,7 @@ def test_digest_changes_with_any_byte_and_not_with_hidden_files(copy: Path) -> N
     assert folder_digest(copy) != digest
 
 
-def test_card_of_tiny_says_untrained_and_without_one_is_the_published_model(tiny_folder: Path, tmp_path: Path) -> None:
-    assert read_card(tiny_folder).trained is False
-    assert read_card(tmp_path) == ModelCard(name="EchoVideo-5B", licence="CC BY-NC 4.0", trained=True)
+def test_card_of_tiny_says_drawn_and_without_one_is_the_published_model(tiny_folder: Path, tmp_path: Path) -> None:
+    assert read_card(tiny_folder) == TINY
+    assert "drawn" in TINY.notice
+    assert read_card(tmp_path) == ModelCard(name="EchoVideo-5B", licence="CC BY-NC 4.0")

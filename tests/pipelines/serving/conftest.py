@@ -131,10 +131,10 @@ def free_port() -> int:
 
 @pytest.fixture(scope="package")
 def stub_model(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, astronaut_png: bytes) -> Path:
-    """A model folder for the stub stages: real face nets, one identity, one condition, and a card that says trained."""
+    """A model folder for the stub stages: real face nets, one identity, one condition, and a card that says judged."""
     folder = tmp_path_factory.mktemp("stub") / "model"
     shutil.copytree(tiny_folder / "face_encoder", folder / "face_encoder")
-    write_card(ModelCard(name="stub", licence="none", trained=True), folder)
+    write_card(ModelCard(name="stub", licence="none"), folder)
     identity = FaceAnalyzer(open_pack(folder / "face_encoder")).analyze(astronaut_png)
     (folder / "identity.safetensors").write_bytes(identity.to_bytes())
     mean, std = torch.zeros(16, 12, 12), torch.ones(16, 12, 12)

@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import openai
@@ -19,6 +20,7 @@ from PIL import Image
 from playwright.sync_api import Browser, expect
 from ray import serve
 
+from echovideo.model.card import TINY
 from echovideo.request import RenderRequest
 from echovideo.video import decode_mp4
 from pipelines.outcome import Rejected
@@ -144,7 +146,7 @@ def test_openai_client_gets_a_video_of_the_tiny_model_with_previews_on_the_way(
 
 def test_options_and_estimate_say_what_a_form_needs(tiny: Running) -> None:
     options = tiny.client.get("/v1/options").json()
-    assert options["model"] == {"name": "tiny-1", "licence": "Apache-2.0", "trained": False}
+    assert options["model"] == asdict(TINY)
     assert options["sizes"]["wide"] == {"width": 848, "height": 480}
     estimate = tiny.client.get("/v1/estimate", params={"size": "160x96", "num_frames": 17, "num_inference_steps": 6})
     assert estimate.json()["render_seconds"] > 0
@@ -160,7 +162,7 @@ def test_person_gets_a_video_of_the_tiny_model_in_the_page(
     page = context.new_page()
     page.goto(tiny.url + tiny.client.post("/v1/sign-in-links").json()["path"])
     page.get_by_role("button", name="Sign in").click()
-    expect(page.get_by_text("Videos made here are noise, and that is expected.")).to_be_visible()
+    expect(page.get_by_text(TINY.notice)).to_be_visible()
     page.set_input_files("#photo", {"name": "photo.png", "mimeType": "image/png", "buffer": astronaut_png})
     expect(page.get_by_text("This face can be used")).to_be_visible()
     crop = page.get_by_alt_text("The face as the model will see it")
