@@ -165,7 +165,10 @@ def render_trial_report(
     sheet: bytes,
     card: ModelCard,
 ) -> str:
-    """Return the page of a learnt person: scores with and without the adapter, and a sheet of frames, a PNG; `card` is the base's."""
+    """Return the page of a learnt person: scores with and without the adapter, and a sheet of frames.
+
+    `sheet` is a PNG, `card` the base model's.
+    """
     css = resource("report.css")
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
         resource("trial.html.j2")
