@@ -24,8 +24,8 @@ def container_metadata(
         "tier": request.tier,
         "seed": str(seed),
         "ai_generated": "true",
-        **({"comment": card.notice} if card.notice else {}),
         **({"adapter": adapter_sha256} if adapter_sha256 else {}),
+        **({"comment": card.notice} if card.notice else {}),
     }
 
 

@@ -192,7 +192,7 @@ class Finetune:
             "training steps": config.settings.steps,
             "rank": config.settings.adapter.rank if config.settings.adapter else "",
         }
-        page = render_trial_report(config.name, facts, videos, scores, sheet.getvalue(), judged=card.judged)
+        page = render_trial_report(config.name, facts, videos, scores, sheet.getvalue(), card)
         StoragePath.parse(str(folder / REPORT)).write_bytes(page.encode())
         place.write_json(scores)
         return scores

@@ -13,6 +13,7 @@ import pyarrow as pa
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from echovideo.model.card import ModelCard
 from echovideo.training.dataset import DatasetCard
 from echovideo.training.trial import TrialVideo
 from pipelines import outcome as row_outcome
@@ -162,10 +163,12 @@ def render_trial_report(
     videos: Sequence[TrialVideo],
     scores: Mapping[str, Any],
     sheet: bytes,
-    *,
-    judged: bool,
+    card: ModelCard,
 ) -> str:
-    """Return the page of a learnt person: scores with and without the adapter, and a sheet of frames, a PNG."""
+    """Return the page of a learnt person: scores with and without the adapter, and a sheet of frames.
+
+    `sheet` is a PNG, `card` the base model's.
+    """
     css = resource("report.css")
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
         resource("trial.html.j2")
@@ -178,5 +181,5 @@ def render_trial_report(
         videos=videos,
         scores=scores,
         sheet=picture_uri(sheet, _TRIAL_SIDE),
-        judged=judged,
+        card=card,
     )

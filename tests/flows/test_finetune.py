@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from echovideo.errors import DatasetError, RequestError, StorageError
-from echovideo.model.card import folder_digest
+from echovideo.model.card import TINY, folder_digest
 from echovideo.request import RenderRequest
 from echovideo.training.adapters import Adapter
 from echovideo.training.settings import one_person
@@ -80,8 +80,8 @@ def test_train_registers_an_adapter_with_consent_licence_and_scores(learnt: Lear
     assert json.loads((learnt.output / "identities/ann/card.json").read_text()) == card
     path = learnt.output / "identities/ann" / card["file"]
     assert file_sha256(path) == card["sha256"]
-    assert (card["consent_id"], card["licence"], card["model"]) == ("c-1", "Apache-2.0", "tiny-1")
-    assert card["base_digest"] == folder_digest(learnt.models / "tiny-1")
+    assert (card["consent_id"], card["licence"], card["model"]) == ("c-1", "Apache-2.0", TINY.name)
+    assert card["base_digest"] == folder_digest(learnt.models / TINY.name)
     adapter = Adapter.load(path)
     assert (adapter.card.rank, adapter.card.groups, adapter.card.adapted_groups) == (2, ("fusion",), ("attention",))
     assert (adapter.card.base_digest, adapter.card.consent_id) == (card["base_digest"], "c-1")
@@ -96,7 +96,8 @@ def test_train_tells_of_clips_left_out_and_draws_its_report(learnt: Learnt) -> N
     assert document["left_out"] == {"silent": "row 2: caption is missing; say what the person does in the clip"}
     page = Path(document["report"]).read_text()
     assert page.count("data:image/jpeg;base64,") == 1
-    assert "cannot be told apart" in page
+    assert TINY.notice in page
+    assert "no faces that can be told apart" in page
     assert page.count("A person smiles in a park.") == 4
 
 
