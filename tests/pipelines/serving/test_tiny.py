@@ -130,7 +130,7 @@ def test_openai_client_gets_a_video_of_the_tiny_model_with_previews_on_the_way(
     assert (root / "videos" / record["file"][:2] / record["file"]).read_bytes() == mp4
     for kind in ("requests", "outcomes"):
         assert (root / "runs/on-demand" / kind / f"{video.id}.json").exists()
-    assert record["model"]["name"] == "tiny-1"
+    assert record["model"]["name"] == TINY.name
     view = tiny.view(video.id)
     assert view["steps"] == 6
     assert view["expires_at"] == view["created_at"] + 86400
@@ -184,7 +184,7 @@ def test_person_gets_a_video_of_the_tiny_model_in_the_page(
     page.get_by_text("How it was made").click()
     facts = page.locator(".record .facts")
     expect(facts).to_contain_text("A woman waves from the page")
-    expect(facts).to_contain_text("tiny-1")
+    expect(facts).to_contain_text(TINY.name)
     page.get_by_role("link", name="Videos").click()
     expect(page.get_by_role("link", name="A woman waves from the page")).to_be_visible()
     context.close()
