@@ -34,6 +34,8 @@ export async function prepare(opened) {
   }
 
   $("photo").addEventListener("change", () => take($("photo").files[0]));
+  // Somebody may have chosen one before the service had said what it offers.
+  if ($("photo").files.length) take($("photo").files[0]);
   for (const kind of ["dragover", "drop"]) {
     addEventListener(kind, (event) => {
       if ($("new").hidden || !event.dataTransfer?.types.includes("Files")) return;

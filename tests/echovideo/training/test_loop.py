@@ -91,7 +91,7 @@ def test_train_in_bfloat16_follows_float32() -> None:
     assert rounded.losses == pytest.approx(exact.losses, rel=0.02)
 
 
-def test_train_validates_the_average_at_its_cadence() -> None:
+def test_train_validates_the_average_at_its_cadence_and_ends_with_it() -> None:
     model, seen, kept = small_model(), [], Kept()
 
     def validate(lent: EchoVideoTransformer3DModel, steps: int) -> Mapping[str, float]:
@@ -101,8 +101,11 @@ def test_train_validates_the_average_at_its_cadence() -> None:
     chosen = settings(average=AverageSettings(decay=0.999), validate_every=4)
     train(model, schedule(), SmallSource(), null_condition(), chosen, record=kept, validate=validate)
     assert [(found.steps, dict(found.scores)) for found in kept.scores] == [(4, {"score": 4.0}), (6, {"score": 6.0})]
-    assert not torch.equal(seen[-1], model.proj_out.weight)
-    assert torch.allclose(seen[-1], model.proj_out.weight, atol=0.01)
+    assert torch.equal(seen[-1], model.proj_out.weight)
+    plain = small_model()
+    train(plain, schedule(), SmallSource(), null_condition(), settings())
+    assert not torch.equal(plain.proj_out.weight, model.proj_out.weight)
+    assert torch.allclose(plain.proj_out.weight, model.proj_out.weight, atol=0.01)
 
 
 def test_train_with_a_batch_of_another_size_than_the_settings_is_refused() -> None:
