@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 
 import torch
-from diffusers import CogVideoXDPMScheduler
 
 from echovideo.hashing import normal, uniform
 from echovideo.model.config import TransformerConfig
 from echovideo.model.transformer import EchoVideoTransformer3DModel
+from echovideo.tiny.parts import scheduler
 from echovideo.training.batch import NullCondition, TrainingBatch, example_seeds
 from echovideo.training.initialise import start_as_base
 from echovideo.training.loop import ScoreRecord, StepRecord
@@ -42,19 +42,6 @@ def small_model(seed: int = 0) -> EchoVideoTransformer3DModel:
         model = EchoVideoTransformer3DModel(CONFIG)
     start_as_base(model)
     return model
-
-
-def scheduler() -> CogVideoXDPMScheduler:
-    """Return the published scheduler."""
-    return CogVideoXDPMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        snr_shift_scale=1.0,
-        timestep_spacing="trailing",
-    )
 
 
 def schedule() -> NoiseSchedule:

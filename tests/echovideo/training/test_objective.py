@@ -11,6 +11,7 @@ from diffusers import CogVideoXDDIMScheduler
 from echovideo.conditioning import fuse_condition, place_face_latents
 from echovideo.errors import TrainingError
 from echovideo.model.rotary import rotary_tables
+from echovideo.tiny.parts import scheduler
 from echovideo.training.batch import Stream
 from echovideo.training.objective import NoiseSchedule, draw, face_weight, training_loss
 from echovideo.training.settings import base
@@ -18,7 +19,6 @@ from tests.echovideo.training.small import (
     make_batch,
     null_condition,
     schedule,
-    scheduler,
     settings,
     slice_of,
     small_model,

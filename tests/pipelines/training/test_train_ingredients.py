@@ -10,9 +10,10 @@ import torch
 
 from echovideo.errors import DatasetError
 from echovideo.model.folder import save_transformer
+from echovideo.tiny.parts import scheduler
 from echovideo.training.journal import read_metrics
 from pipelines.training.train import TrainingRun, dataset_ingredients, run_training
-from tests.echovideo.training.small import scheduler, settings, small_model
+from tests.echovideo.training.small import settings, small_model
 from tests.echovideo.training.test_shards import write_people
 
 CHOSEN = settings(steps=3, references="cross_clip")
