@@ -97,22 +97,22 @@ class AttributeJudge(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (32, 64, 128, 224)
+        widths = (24, 48, 80, 112)
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 7, stride=2, padding=3), _SpaceTimeBlock(widths[0])]
         for before, width in itertools.pairwise(widths):
             layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), _SpaceTimeBlock(width), _SpaceTimeBlock(width)]
         self.trunk = nn.Sequential(*layers)
-        self.frame = _Summary(widths[-1], 128)
+        self.frame = _Summary(widths[-1], 96)
         # Glasses and expressions are small: they are read from the face crops.
-        face_widths = (24, 48, 96)
+        face_widths = (24, 48, 80)
         layers = [nn.Conv2d(3, face_widths[0], 5, stride=2, padding=2), _SpaceTimeBlock(face_widths[0])]
         for before, width in itertools.pairwise(face_widths):
             layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), _SpaceTimeBlock(width)]
         self.face_trunk = nn.Sequential(*layers)
-        self.face = _Summary(face_widths[-1], 96)
-        self.clip = nn.Sequential(nn.Linear(SEEN_FRAMES * (128 + 96), 512), nn.GELU())
-        self.attributes = nn.Linear(512, sum(len(values) for values in ATTRIBUTES.values()))
-        self.nuisances = nn.Linear(512, len(NUISANCES))
+        self.face = _Summary(face_widths[-1], 64)
+        self.clip = nn.Sequential(nn.Linear(SEEN_FRAMES * (96 + 64), 224), nn.GELU())
+        self.attributes = nn.Linear(224, sum(len(values) for values in ATTRIBUTES.values()))
+        self.nuisances = nn.Linear(224, len(NUISANCES))
         self.register_buffer("nuisance_mean", torch.zeros(len(NUISANCES)))
         self.register_buffer("nuisance_scale", torch.ones(len(NUISANCES)))
 
@@ -163,20 +163,20 @@ class IdentityJudge(nn.Module):
         )
         self.late = nn.Sequential(
             _GatedBlock(80),
-            nn.Conv2d(80, 136, 3, stride=2, padding=1),
-            _GatedBlock(136),
-            _GatedBlock(136),
-            nn.Conv2d(136, 160, 3, stride=2, padding=1),
-            _GatedBlock(160),
-            _GatedBlock(160),
+            nn.Conv2d(80, 96, 3, stride=2, padding=1),
+            _GatedBlock(96),
+            _GatedBlock(96),
+            nn.Conv2d(96, 104, 3, stride=2, padding=1),
+            _GatedBlock(104),
+            _GatedBlock(104),
         )
-        self.summary = _Summary(160, 384)
+        self.summary = _Summary(104, 192)
         # Freckles are a texture of single pixels: how much of it there is, is read before it is averaged away.
         self.texture = nn.Sequential(nn.Conv2d(80, 64, 1), nn.GELU(), nn.AdaptiveAvgPool2d(3), nn.Flatten())
-        self.merge = nn.Sequential(nn.Linear(384 + 64 * 9, 384), nn.GELU())
-        self.traits = nn.Linear(384, len(TRAITS))
-        self.log_variance = nn.Linear(384, len(TRAITS))
-        self.embedding = nn.Linear(384, EMBEDDING)
+        self.merge = nn.Sequential(nn.Linear(192 + 64 * 9, 192), nn.GELU())
+        self.traits = nn.Linear(192, len(TRAITS))
+        self.log_variance = nn.Linear(192, len(TRAITS))
+        self.embedding = nn.Linear(192, EMBEDDING)
         # A mole is a dot: it is found where it is, by a map of local features.
         self.moles = nn.Sequential(
             nn.GELU(), nn.Conv2d(80, 48, 3, padding=1), nn.GELU(), nn.AdaptiveMaxPool2d(_GRID), nn.Conv2d(48, 1, 1)
@@ -313,7 +313,7 @@ class _Locator(nn.Sequential):
                 nn.GELU(),
                 nn.Conv2d(before, width, 3, stride=2, padding=1),
             ]
-        super().__init__(*layers, nn.GELU(), nn.Flatten(), nn.Linear(96 * 9, 192), nn.GELU(), nn.Linear(192, 10))
+        super().__init__(*layers, nn.GELU(), nn.Flatten(), nn.Linear(96 * 9, 96), nn.GELU(), nn.Linear(96, 10))
 
 
 class _Summary(nn.Sequential):
@@ -323,10 +323,10 @@ class _Summary(nn.Sequential):
         super().__init__(
             nn.GroupNorm(8, channels),
             nn.GELU(),
-            nn.Conv2d(channels, 64, 1),
+            nn.Conv2d(channels, 48, 1),
             nn.AdaptiveAvgPool2d(6),
             nn.Flatten(),
-            nn.Linear(64 * 36, width),
+            nn.Linear(48 * 36, width),
             nn.LayerNorm(width),
             nn.GELU(),
         )

@@ -17,9 +17,9 @@ from echovideo.synthetic.draw import Drawing
 from echovideo.synthetic.person import PARAMETERS, SPLITS, identity_parameters
 from echovideo.tiny.drawing import TEST_CLIPS, draw_clips, draw_people, draw_photos, noisy_points
 from echovideo.tiny.faces import face_image
-from echovideo.tiny.graphed import GraphedGradients
 from echovideo.tiny.parts import FRAMES, SIDE, fresh_vae
 from echovideo.tiny.progress import THOUSANDTHS, Progress, timed_settings
+from echovideo.training.graphed import GraphedGradients
 from echovideo.training.optimizer import MasterAdamW
 
 _ROUGHNESS = 0.05
@@ -110,11 +110,20 @@ class _Store:
 
 
 def train_autoencoder(
-    settings: AutoencoderSettings, device: torch.device, start: AutoencoderKLCogVideoX | None = None
+    settings: AutoencoderSettings,
+    device: torch.device,
+    start: AutoencoderKLCogVideoX | None = None,
+    *,
+    decoder_alone: bool = False,
 ) -> AutoencoderKLCogVideoX:
-    """Return the autoencoder with averaged weights, bfloat16 on `device`; `start` goes on from other weights."""
+    """Return the autoencoder with averaged weights, bfloat16 on `device`; `start` goes on from other weights.
+
+    With `decoder_alone` the encoder stays as it is, so that a model of its latents does too.
+    """
     torch.manual_seed(settings.seed)
     vae = (start or fresh_vae()).to(device, torch.bfloat16).train().requires_grad_(True)
+    if decoder_alone:
+        vae.encoder.requires_grad_(False)
     told = timed_settings("autoencoder", settings.phases[-1].clips, settings.learning_rate, decay=0.998)
     optimizer = MasterAdamW(vae.named_parameters(), told)
     generator = torch.Generator(device).manual_seed(settings.seed)
@@ -138,7 +147,8 @@ def train_autoencoder(
         inputs = clips, weights, noise(clips), faces, noise(faces)
         if device.type == "cuda" and shape != clips.shape:
             step = backward  # The last phase's graph gives its memory back first.
-            step, shape = GraphedGradients(backward, list(vae.parameters()), inputs), clips.shape
+            trained = list(optimizer.parameters.values())
+            step, shape = GraphedGradients(backward, trained, inputs), clips.shape
         loss, error, face_error = step(*inputs)
         (loss,), norm, _ = optimizer.step(int(share * THOUSANDTHS), loss[None])
         # From -1 to 1 the range is 2.

@@ -34,7 +34,7 @@ class ModelSettings:
     seconds: float
     seed: int = 3
     people: int = 24_576
-    batch_size: int = 512
+    batch_size: int = 256
     base_share: float = 0.15
     stage_one_share: float = 0.45
     learning_rate: float = 8e-4
@@ -60,7 +60,8 @@ class Course:
     def take(self, model: EchoVideoTransformer3DModel, settings: StageSettings) -> None:
         """Train the transformer, which takes mapped embeddings, in place by one stage."""
         source = WorldSource(self._world, self.whitening, settings)
-        progress = train(model, self._schedule, source, self._null, settings)
+        graphed = self._device.type == "cuda"
+        progress = train(model, self._schedule, source, self._null, settings, graphed=graphed)
         print(f"{settings.name}: {progress}", flush=True)
 
     def seconds_a_step(self, model: EchoVideoTransformer3DModel, settings: StageSettings) -> float:
@@ -132,7 +133,7 @@ def _common(settings: ModelSettings) -> dict[str, Any]:
     return {
         "batch_size": settings.batch_size,
         "seed": settings.seed,
-        "average": AverageSettings(decay=0.998),
+        "average": AverageSettings(decay=0.999),
         "face_mask_weight": _FACE_MASK_WEIGHT,
         # Reading the loss waits for the device.
         "record_every": 50,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -65,6 +65,15 @@ def reference_faces(photos: Drawing, points_N52: Tensor) -> ReferenceFaces:
 def draw_people(identity_BP: Tensor, scene_BFS: Tensor, side: int, *, compiled: bool = False) -> Drawing:
     """Return the drawing of an identity tensor and a scene tensor of one device, `side` pixels square."""
     return draw_tensors(identity_BP, scene_BFS, side, side, compiled=compiled)
+
+
+def split_frames(drawing: Drawing, frames: int) -> tuple[Drawing, Drawing]:
+    """Return a drawing's first frames and the rest of them."""
+    first, second = (
+        Drawing(**{field.name: getattr(drawing, field.name)[:, part] for field in fields(drawing)})
+        for part in (slice(0, frames), slice(frames, None))
+    )
+    return first, second
 
 
 def _draw(people: Sequence[int], scene_BFS: Tensor, side: int, device: torch.device) -> Drawing:

@@ -22,6 +22,8 @@ from echovideo.synthetic.clip import sample_conditions
 
 SIDE, FRAMES = 96, 17
 FACE_TOKENS_SIDE = 112
+TEXT_TOKENS = 96
+"""The longest drawn caption has 64; the published model's 226 would be half of all that the transformer computes."""
 
 _WIDTH = 128
 _VOCABULARY = 2048
@@ -51,6 +53,7 @@ def tiny_config() -> TransformerConfig:
         sample_width=12,
         sample_height=12,
         sample_frames=17,
+        max_text_seq_length=TEXT_TOKENS,
         resampler_dim=160,
         resampler_depth=2,
         resampler_num_heads=3,
@@ -143,5 +146,5 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
-        model_max_length=TransformerConfig().max_text_seq_length,
+        model_max_length=TEXT_TOKENS,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,31 +11,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, SiglipVisionModel, T5EncoderModel
 
-from echovideo.model.config import TransformerConfig
 from echovideo.synthetic.caption import caption
-from echovideo.synthetic.clip import ClipCondition, sample_conditions, scene_curves
+from echovideo.synthetic.clip import sample_conditions, scene_curves
 from echovideo.synthetic.person import SPLITS, identity_parameters
-from echovideo.tiny.drawing import TEST_CLIPS, draw_people, draw_photos, noisy_points
+from echovideo.tiny.drawing import TEST_CLIPS, draw_people, noisy_points, split_frames
 from echovideo.tiny.faces import face_image
-from echovideo.tiny.parts import FACE_TOKENS_SIDE, FRAMES, SIDE, fresh_image_encoder, fresh_text_encoder
+from echovideo.tiny.parts import FACE_TOKENS_SIDE, FRAMES, SIDE, TEXT_TOKENS, fresh_image_encoder, fresh_text_encoder
 from echovideo.tiny.progress import THOUSANDTHS, Progress, timed_settings
+from echovideo.tiny.world import photo_scene
+from echovideo.training.graphed import GraphedGradients
 from echovideo.training.optimizer import MasterAdamW
 
 _MOMENTS = (0, FRAMES // 2, FRAMES - 1)
 _WIDTH = 128
 _TEMPERATURE = 0.07
-_DRAW_EVERY = 4
+_CHUNK = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TowersSettings:
-    """How the towers are trained: every fourth step draws `fresh` people into a store, and each reads `people`."""
+    """How the towers are trained: `people` are drawn once, and each step compares `compared` of them."""
 
     seconds: float
     seed: int = 2
-    people: int = 256
-    fresh: int = 96
-    kept: int = 6144
+    people: int = 49_152
+    compared: int = 512
     learning_rate: float = 1e-3
 
 
@@ -65,79 +67,83 @@ class Towers(nn.Module):
         return F.normalize(embedded, dim=1)
 
 
-class _Store:
-    """The last drawn people: a caption's tokens, three frames of its clip, and two photos of each, as bytes."""
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Pictures:
+    """Of N people a caption's tokens (N, 96), three frames of its clip, and two photos, uint8 (N, T, 3, 112, 112)."""
 
-    def __init__(
-        self,
-        kept: int,
-        tokenizer: PreTrainedTokenizerBase,
-        device: torch.device,
-        generator: torch.Generator,
-        people: range,
-        first_clip: int,
-    ) -> None:
-        self._tokenizer, self._device, self._generator = tokenizer, device, generator
-        self._people, self._first_clip, self._kept = people, first_clip, kept
-        self.drawn = 0
-        length = TransformerConfig().max_text_seq_length
-        picture = (3, FACE_TOKENS_SIDE, FACE_TOKENS_SIDE)
-        self._tokens = torch.empty(kept, length, dtype=torch.int64, device=device)
-        self._clips = torch.empty(kept, len(_MOMENTS), *picture, dtype=torch.uint8, device=device)
-        self._photos = torch.empty(kept, 2, *picture, dtype=torch.uint8, device=device)
+    tokens_NT: Tensor  # noqa: N815
+    clips_NTCHW: Tensor  # noqa: N815
+    photos_NTCHW: Tensor  # noqa: N815
 
-    def draw(self, count: int) -> None:
-        """Draw people in the place of the oldest."""
-        numbers = range(self.drawn, self.drawn + count)
-        seeds = [self._people[number % len(self._people)] for number in numbers]
-        at = torch.tensor([number % self._kept for number in numbers], device=self._device)
-        conditions = [sample_conditions([self._first_clip + 3 * n + clip for n in numbers]) for clip in range(3)]
-        captions = [caption(condition, seed=condition.seed) for condition in conditions[0]]
-        self._tokens[at] = self._tokenizer(
-            captions, padding="max_length", max_length=self._tokens.shape[1], return_tensors="pt"
-        ).input_ids.to(self._device)
-        self._clips[at] = self._frames(seeds, conditions[0])
-        for photo, taken in enumerate(conditions[1:]):
-            drawing = draw_photos(seeds, taken, self._device)
-            faces = face_image(drawing, noisy_points(drawing, self._generator), FACE_TOKENS_SIDE)
-            self._photos[at, photo] = _as_bytes(faces)
-        self.drawn += count
+    @classmethod
+    def drawn(
+        cls, people: range, first_clip: int, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator
+    ) -> _Pictures:
+        """Draw the people; their clips have the seeds from `first_clip` on."""
+        parts = []
+        for start in range(0, len(people), _CHUNK):
+            count = len(people[start : start + _CHUNK])
+            seeds = range(first_clip + 3 * start, first_clip + 3 * (start + count))
+            parts.append(_drawn(people[start : start + count], seeds, tokenizer, generator))
+        tokens, clips, photos = (torch.cat(part) for part in zip(*parts, strict=True))
+        return cls(tokens_NT=tokens, clips_NTCHW=clips, photos_NTCHW=photos)
 
-    def _frames(self, seeds: list[int], conditions: list[ClipCondition]) -> Tensor:
-        identity = identity_parameters(torch.tensor(seeds, device=self._device))
-        scene = scene_curves(conditions, FRAMES)[:, list(_MOMENTS)].to(self._device)
-        frames = draw_people(identity, scene, SIDE).frames_BFCHW
-        larger = F.interpolate(frames.flatten(0, 1), size=FACE_TOKENS_SIDE, mode="bilinear", align_corners=False)
-        return _as_bytes(larger).view(*frames.shape[:3], FACE_TOKENS_SIDE, FACE_TOKENS_SIDE)
+    def take(self, at_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the tokens and, from -1 to 1, the clips and photos of some people."""
+        clips, photos = (pictures[at_B].float() / 127.5 - 1 for pictures in (self.clips_NTCHW, self.photos_NTCHW))
+        return self.tokens_NT[at_B], clips, photos
 
-    def take(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return tokens (B, 226), clips (B, 3, 3, 112, 112) and photos (B, 2, 3, 112, 112), of B different people."""
-        available = min(self.drawn, self._kept)
-        at = torch.randperm(available, generator=self._generator, device=self._device)[:count]
-        return self._tokens[at], self._clips[at].float() / 127.5 - 1, self._photos[at].float() / 127.5 - 1
+
+def _drawn(
+    people: range, clips: range, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    device = generator.device
+    said, *taken = (sample_conditions(clips[kind::3]) for kind in range(3))
+    captions = [caption(condition, seed=condition.seed) for condition in said]
+    tokens = tokenizer(captions, padding="max_length", max_length=TEXT_TOKENS, return_tensors="pt").input_ids
+    frames = scene_curves(said, FRAMES)[:, list(_MOMENTS)]
+    scene = torch.cat([frames, *(photo_scene(conditions) for conditions in taken)], dim=1).to(device)
+    identity = identity_parameters(torch.tensor(list(people), device=device))
+    drawing = draw_people(identity, scene, SIDE, compiled=device.type == "cuda")
+    shown, photos = split_frames(drawing, len(_MOMENTS))
+    larger = F.interpolate(
+        shown.frames_BFCHW.flatten(0, 1), size=FACE_TOKENS_SIDE, mode="bilinear", align_corners=False
+    )
+    faces = face_image(photos, noisy_points(photos, generator), FACE_TOKENS_SIDE)
+    pictures = (_as_bytes(kind).unflatten(0, (len(people), -1)) for kind in (larger, faces))
+    return tokens.to(device), *pictures
 
 
 def train_towers(settings: TowersSettings, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Towers:
     """Return the towers with averaged weights, bfloat16 on `device`."""
     torch.manual_seed(settings.seed)
     towers = Towers().to(device, torch.bfloat16).train().requires_grad_(True)
-    told = timed_settings("towers", settings.people, settings.learning_rate, decay=0.99)
+    told = timed_settings("towers", settings.compared, settings.learning_rate, decay=0.995)
     optimizer = MasterAdamW(towers.named_parameters(), told)
     generator = torch.Generator(device).manual_seed(settings.seed)
-    store = _Store(settings.kept, tokenizer, device, generator, SPLITS["train"], first_clip=0)
+    began = time.perf_counter()
+    pictures = _Pictures.drawn(SPLITS["train"][: settings.people], 0, tokenizer, generator)
     pad = tokenizer.pad_token_id
-    while store.drawn < 2 * settings.people:
-        store.draw(settings.fresh)
-    progress = Progress(name="towers", seconds=settings.seconds)
-    while (share := progress.share) < 1:
-        if progress.steps % _DRAW_EVERY == 0:
-            store.draw(settings.fresh)
-        tokens, clips, photos = store.take(settings.people)
-        described = _contrast(towers.embed_text(tokens, pad), towers.embed_clips(clips))
-        first, second = (F.normalize(towers.embed_pictures(photo).float(), dim=1) for photo in photos.unbind(1))
+
+    def backward(tokens_BT: Tensor, clips_BTCHW: Tensor, photos_BTCHW: Tensor) -> Tensor:
+        described = _contrast(towers.embed_text(tokens_BT, pad), towers.embed_clips(clips_BTCHW))
+        first, second = (F.normalize(towers.embed_pictures(photo).float(), dim=1) for photo in photos_BTCHW.unbind(1))
         recognised = _contrast(first, second)
         (described + recognised).backward()
-        losses = torch.stack([described, recognised])
+        return torch.stack([described.detach(), recognised.detach()])
+
+    def some() -> tuple[Tensor, Tensor, Tensor]:
+        # Nobody twice: two pictures of one person must not count as two people.
+        order = torch.randperm(len(pictures.tokens_NT), generator=generator, device=device)
+        return pictures.take(order[: settings.compared])
+
+    step: Callable[..., Tensor] = backward
+    if device.type == "cuda":
+        step = GraphedGradients(backward, list(towers.parameters()), some())
+    left = settings.seconds - (time.perf_counter() - began)
+    progress = Progress(name="towers", seconds=max(1.0, left))
+    while (share := progress.share) < 1:
+        losses = step(*some())
         (described, recognised), norm, _ = optimizer.step(int(share * THOUSANDTHS), losses)
         progress.stepped(captions=described, people=recognised, gradient=norm)
     optimizer.finish()
@@ -150,9 +156,8 @@ def measure_towers(
 ) -> dict[str, float]:
     """Return how often, among `count` unseen people, a caption finds its clip, and a photo the person's other one."""
     generator = torch.Generator(device).manual_seed(0)
-    store = _Store(count, tokenizer, device, generator, SPLITS["test"][30_000:], first_clip=TEST_CLIPS)
-    store.draw(count)
-    tokens, clips, photos = store.take(count)
+    pictures = _Pictures.drawn(SPLITS["test"][30_000 : 30_000 + count], TEST_CLIPS, tokenizer, generator)
+    tokens, clips, photos = pictures.take(torch.arange(count, device=device))
     text = towers.embed_text(tokens, tokenizer.pad_token_id)
     first, second = (F.normalize(towers.embed_pictures(photo).float(), dim=1) for photo in photos.unbind(1))
     right = torch.arange(count, device=device)

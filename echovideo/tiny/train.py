@@ -1,8 +1,9 @@
 """Trains the tiny model's parts, each from a seed: `python -m echovideo.tiny.train PART --out FOLDER`.
 
-Parts in their order: tokenizer, autoencoder, towers, model. Each leaves its weights in FOLDER in bfloat16, named as the
-part, and what was measured of it as PART.json. Move them to echovideo/tiny/weights to make them the shipped ones; later
-parts take the earlier ones from there. All but the tokenizer want a GPU.
+Parts in their order: tokenizer, autoencoder, towers, model; the decoder, of the shipped autoencoder, at any time after
+it. Each leaves its weights in FOLDER in bfloat16, named as the part, and what was measured of it as PART.json. Move
+them to echovideo/tiny/weights to make them the shipped ones; later parts take the earlier ones from there. All but the
+tokenizer want a GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from echovideo.evaluation.networks import load_judges
 from echovideo.faces.recogniser import load_recogniser
 from echovideo.synthetic.results import Row, write_results
 from echovideo.tiny import shipped
-from echovideo.tiny.autoencoder import AutoencoderSettings, measure_autoencoder, train_autoencoder
+from echovideo.tiny.autoencoder import AutoencoderMeasures, AutoencoderSettings, measure_autoencoder, train_autoencoder
 from echovideo.tiny.diffusion import ModelSettings, train_model
 from echovideo.tiny.parts import train_tokenizer
 from echovideo.tiny.scoring import Exam, measure_model
@@ -57,6 +58,20 @@ def autoencoder(options: Options) -> Measures:
     vae = train_autoencoder(settings, options.device, start)
     found = measure_autoencoder(vae, options.device)
     shipped.save_vae(vae, scaling_factor=1 / found.latents_deviation, folder=options.out)
+    return _told(found)
+
+
+def decoder(options: Options) -> Measures:
+    """Train the shipped autoencoder's decoder alone: the transformer goes on knowing its latents."""
+    start = shipped.load_vae()
+    settings = AutoencoderSettings(seconds=options.seconds)
+    settings = replace(settings, phases=settings.phases[1:], learning_rate=settings.learning_rate / 2)
+    vae = train_autoencoder(settings, options.device, start, decoder_alone=True)
+    shipped.save_vae(vae, scaling_factor=start.config.scaling_factor, folder=options.out)
+    return _told(measure_autoencoder(vae, options.device))
+
+
+def _told(found: AutoencoderMeasures) -> Measures:
     return {
         "clips": (found.clips_psnr, "dB PSNR", 30.0),
         "faces": (found.faces_psnr, "dB PSNR", None),
@@ -92,6 +107,7 @@ def model(options: Options) -> Measures:
 PARTS: Mapping[str, Callable[[Options], Measures]] = {
     "tokenizer": tokenizer,
     "autoencoder": autoencoder,
+    "decoder": decoder,
     "towers": towers,
     "model": model,
 }

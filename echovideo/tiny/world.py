@@ -16,14 +16,13 @@ from transformers import PreTrainedTokenizerBase, SiglipVisionModel, T5EncoderMo
 from echovideo.conditioning import TEMPORAL_COMPRESSION
 from echovideo.faces.recogniser import DlibFaceRecogniser
 from echovideo.hashing import hashed, uniform
-from echovideo.model.config import TransformerConfig
 from echovideo.synthetic.caption import caption
 from echovideo.synthetic.clip import CURVES, ClipCondition, sample_conditions, scene_curves
 from echovideo.synthetic.draw import Drawing
 from echovideo.synthetic.person import identity_parameters
-from echovideo.tiny.drawing import draw_people, noisy_points, reference_faces
+from echovideo.tiny.drawing import draw_people, noisy_points, reference_faces, split_frames
 from echovideo.tiny.faces import recognition_crop
-from echovideo.tiny.parts import FRAMES, SIDE
+from echovideo.tiny.parts import FRAMES, SIDE, TEXT_TOKENS
 from echovideo.tiny.shipped import load_image_encoder, load_text_encoder, load_tokenizer, load_vae
 from echovideo.training.batch import NullCondition, TrainingBatch, example_seeds
 from echovideo.training.settings import StageSettings
@@ -32,7 +31,7 @@ CAPTIONS, PHOTOS = 2, 3
 """Captions of each clip; reference photos: two of other occasions, and one from the clip itself."""
 _CLOSER = 1.5
 _CELL = 8
-_CHUNK = 64
+_CHUNK = 128
 _PICK, _CAPTION, _PHOTO = 1 << 15, 1 << 16, 1 << 17
 _REPORT_SECONDS = 10.0
 
@@ -63,15 +62,14 @@ class Encoders:
 
     @torch.no_grad()
     def text(self, tokens_BN: Tensor) -> Tensor:
-        """Return T5's states (B, 226, 128) of token numbers."""
+        """Return T5's states (B, 96, 128) of token numbers."""
         states: Tensor = self.text_encoder(tokens_BN.to(self.text_encoder.device))[0]
         return states
 
     def tokens(self, captions: list[str]) -> Tensor:
-        """Return captions' token numbers (B, 226) int64, padded, on the CPU."""
-        length = TransformerConfig().max_text_seq_length
+        """Return captions' token numbers (B, 96) int64, padded, on the CPU."""
         encoded = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+            captions, padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="pt"
         )
         numbers: Tensor = encoded.input_ids
         return numbers
@@ -197,7 +195,7 @@ def encode_world(
     for prepared in _prepared(encoders, people, first_clip):
         chunk = prepared.to(device)
         drawing = draw_people(identity_parameters(chunk.seeds_B), chunk.scene_BFS, SIDE, compiled=compiled)
-        clip, photos = _split(drawing, FRAMES)
+        clip, photos = split_frames(drawing, FRAMES)
         video = clip.frames_BFCHW.transpose(1, 2) * 2 - 1
         posterior = encoders.vae.encode(video.bfloat16()).latent_dist  # type: ignore[operator]
         encoded = encoders.photos(photos, generator)
@@ -296,12 +294,3 @@ class WorldSource:
             face_share_BFHW=world.share_NFHW[at].float() / 255,
             seed_B=seeds,
         )
-
-
-def _split(drawing: Drawing, frames: int) -> tuple[Drawing, Drawing]:
-    """Return a drawing's first frames and the rest of them."""
-    first, second = (
-        Drawing(**{field.name: getattr(drawing, field.name)[:, part] for field in fields(drawing)})
-        for part in (slice(0, frames), slice(frames, None))
-    )
-    return first, second

@@ -104,5 +104,6 @@ class ExampleSource(Protocol):
 
 def example_seeds(seed: int, step: int, places: torch.Tensor) -> torch.Tensor:
     """Return the seeds (B,) int64 of the examples at int64 `places` (B,) of the global batch of a step."""
-    start = hashed(hashed(torch.tensor(seed, device=places.device)) + step * _STRIDE)
+    # Filled on the device: a number that is copied there waits for all that the device has been given.
+    start = hashed(hashed(torch.full((), seed, device=places.device, dtype=torch.int64)) + step * _STRIDE)
     return hashed(start + hashed(places))

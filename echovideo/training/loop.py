@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
@@ -15,6 +15,7 @@ from echovideo.model.transformer import EchoVideoTransformer3DModel
 from echovideo.training.adapters import add_adapter
 from echovideo.training.batch import ExampleSource, NullCondition, TrainingBatch
 from echovideo.training.checkpoint import Checkpoints, Progress
+from echovideo.training.graphed import GraphedGradients
 from echovideo.training.groups import freeze_all_but
 from echovideo.training.objective import NoiseSchedule, training_loss
 from echovideo.training.optimizer import MasterAdamW
@@ -72,6 +73,7 @@ class Trainer:
         settings: StageSettings,
         *,
         compiled: bool = False,
+        graphed: bool = False,
     ) -> None:
         self.model = model
         self.settings = settings
@@ -82,6 +84,8 @@ class Trainer:
             add_adapter(model, settings.adapter, settings.seed)
         prepare(model, settings, compiled=compiled)
         self.optimizer = MasterAdamW(model.named_parameters(), settings)
+        self._backward: Callable[..., torch.Tensor] | None = None if graphed else self._launched
+        self._number_names: tuple[str, ...] = ()
         self.steps = 0
         """Steps taken, those left out included."""
 
@@ -91,9 +95,10 @@ class Trainer:
         Raises TrainingError when the device's memory does not suffice.
         """
         try:
-            loss, numbers = training_loss(self.model, self._schedule, batch, self._null, self.settings)
-            loss.backward()
-            losses, norm, bad = self.optimizer.step(self.steps, torch.stack([loss.detach(), *numbers.values()]))
+            tensors = [getattr(batch, field.name) for field in fields(batch)]
+            if self._backward is None:
+                self._backward = GraphedGradients(self._launched, list(self.optimizer.parameters.values()), tensors)
+            losses, norm, bad = self.optimizer.step(self.steps, self._backward(*tensors))
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"step {self.steps} does not fit the device's memory with {len(batch.seed_B)} examples a process and "
@@ -102,7 +107,17 @@ class Trainer:
                 code="out_of_memory",
             ) from error
         self.steps += 1
-        return {"gradient_norm": norm, "skipped": bad} | dict(zip(("loss", *numbers), losses.unbind(), strict=True))
+        names = ("loss", *self._number_names)
+        return {"gradient_norm": norm, "skipped": bad} | dict(zip(names, losses.unbind(), strict=True))
+
+    def _launched(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """Leave the gradients of a batch's tensors in the parameters; return the loss and the numbers beside it."""
+        names = (field.name for field in fields(TrainingBatch))
+        batch = TrainingBatch(**dict(zip(names, tensors, strict=True)))
+        loss, numbers = training_loss(self.model, self._schedule, batch, self._null, self.settings)
+        loss.backward()
+        self._number_names = tuple(numbers)
+        return torch.stack([loss.detach(), *numbers.values()])
 
 
 def train(
@@ -113,6 +128,7 @@ def train(
     settings: StageSettings,
     *,
     compiled: bool = False,
+    graphed: bool = False,
     checkpoints: Checkpoints | None = None,
     record: Record | None = None,
     validate: Validate | None = None,
@@ -126,10 +142,12 @@ def train(
 
     `record` gets every step's numbers, some steps late, and the scores. `validate` renders and scores the model after
     so many steps, lent the averaged weights. Both are called by the first process only. Progress goes to stderr.
+    With `graphed` loss and gradients are launched as one CUDA graph: for a small model, whose launches take longer than
+    its work, on one GPU, with batches of one shape.
     Raises TrainingError when three steps in a row give no finite loss or gradient, or when memory runs out;
     StorageError when a checkpoint cannot be written.
     """
-    trainer = Trainer(model, schedule, null, settings, compiled=compiled)
+    trainer = Trainer(model, schedule, null, settings, compiled=compiled, graphed=graphed)
     progress = checkpoints.restore(trainer.optimizer) if checkpoints else Progress()
     trainer.steps = progress.steps
     reader = _Reader(settings, progress, record)

@@ -16,7 +16,9 @@ from echovideo.conditioning import Condition, encode_prompt, fuse_condition
 from echovideo.engine import Engine, model_dtype, to_uint8
 from echovideo.faces.analyzer import FaceAnalyzer, FaceScore, face_score
 from echovideo.faces.packs import open_pack
+from echovideo.model.config import TransformerConfig
 from echovideo.model.folder import load_text_encoder, load_tokenizer
+from echovideo.model.weights import read_config
 from echovideo.request import RenderRequest
 from echovideo.sampler import decode
 from echovideo.settings import EngineSettings
@@ -130,8 +132,9 @@ def trial_sheet(videos: Sequence[TrialVideo]) -> Image.Image:
 def _texts(model: Path, prompts: Sequence[str], settings: EngineSettings) -> dict[str, torch.Tensor]:
     """Return T5's states by prompt; the encoder, the largest part of the model, is gone before the others load."""
     tokenizer = load_tokenizer(model)
+    length = TransformerConfig.from_dict(read_config(model / "transformer")).max_text_seq_length
     encoder = load_text_encoder(model, dtype=model_dtype(settings)).to(settings.device)
-    return {prompt: encode_prompt(tokenizer, encoder, prompt, 226) for prompt in prompts}
+    return {prompt: encode_prompt(tokenizer, encoder, prompt, length) for prompt in prompts}
 
 
 def _clips(dataset: Dataset) -> list[Example]:

@@ -10,6 +10,7 @@ import torch
 from echovideo.synthetic.clip import sample_conditions, scene_curves
 from echovideo.synthetic.draw import Drawing, draw_tensors
 from echovideo.synthetic.person import SPLITS, identity_parameters
+from echovideo.tiny.parts import TEXT_TOKENS
 from echovideo.tiny.world import CAPTIONS, PHOTOS, World
 
 PEOPLE = 4
@@ -41,7 +42,7 @@ def world() -> World:
 
     return World(
         latents_NFCHW=noise(5, 16, 12, 12).bfloat16(),
-        text_NCTD=noise(CAPTIONS, 226, 128).bfloat16(),
+        text_NCTD=noise(CAPTIONS, TEXT_TOKENS, 128).bfloat16(),
         share_NFHW=(noise(5, 12, 12).sigmoid() * 255).byte(),
         tokens_NPTD=noise(PHOTOS, 196, 128).bfloat16(),
         embedding_NPD=noise(1, 128) + 0.2 * noise(PHOTOS, 128) + 3,

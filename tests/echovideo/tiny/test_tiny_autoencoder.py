@@ -10,9 +10,9 @@ import torch
 
 from echovideo.tiny import autoencoder
 from echovideo.tiny.autoencoder import AutoencoderSettings, Phase, _backward, train_autoencoder
-from echovideo.tiny.graphed import GraphedGradients
 from echovideo.tiny.parts import fresh_vae
 from echovideo.tiny.progress import timed_settings
+from echovideo.training.graphed import GraphedGradients
 from echovideo.training.optimizer import MasterAdamW
 
 SIDE = 32

@@ -9,9 +9,11 @@ import torch
 
 from echovideo.errors import DatasetError, TrainingError
 from echovideo.model.transformer import EchoVideoTransformer3DModel
+from echovideo.tiny.parts import scheduler
 from echovideo.training.batch import NullCondition, TrainingBatch, example_seeds
 from echovideo.training.groups import group_of
 from echovideo.training.loop import train
+from echovideo.training.objective import NoiseSchedule
 from echovideo.training.settings import AverageSettings, StageSettings
 from tests.echovideo.training.small import (
     Kept,
@@ -135,3 +137,21 @@ def test_null_condition_moves_as_a_whole() -> None:
     null = null_condition().to("meta")
     assert isinstance(null, NullCondition)
     assert {null.text_1ND.device.type, null.face_tokens_1ND.device.type} == {"meta"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+def test_train_as_a_graph_gives_the_losses_of_launches_one_by_one() -> None:
+    class OnDevice(SmallSource):
+        def batch(self, step: int, rank: int, world_size: int) -> TrainingBatch:
+            return super().batch(step, rank, world_size).to("cuda")
+
+    losses = []
+    for graphed in (False, True):
+        kept = Kept()
+        source, null = OnDevice(broken=(2,)), null_condition().to("cuda")
+        on_device = NoiseSchedule.of(scheduler(), 0.7, "cuda")
+        progress = train(small_model().cuda(), on_device, source, null, settings(), graphed=graphed, record=kept)
+        assert progress.skipped == 1
+        losses.append([found.loss for found in kept.steps if not found.skipped])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
