@@ -31,9 +31,9 @@ class ModelCard:
 
 
 TINY = ModelCard(
-    name="tiny-2",
+    name="tiny-3",
     licence="Apache-2.0",
-    judged=False,
+    judged=True,
     notice="This small model knows only a drawn world: its videos show drawn people in the skin tone of the photo, "
     "not yet with its face.",
 )
