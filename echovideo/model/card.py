@@ -33,9 +33,8 @@ class ModelCard:
 TINY = ModelCard(
     name="tiny-3",
     licence="Apache-2.0",
-    judged=True,
-    notice="This small model knows only a drawn world: its videos show drawn people in the skin tone of the photo, "
-    "not yet with its face.",
+    notice="This small model knows only a drawn world. Drawn people keep something of their faces in its videos; real "
+    "people keep only their skin tone, about.",
 )
 """The embedded model; its number is raised with every change of its weights."""
 

@@ -128,7 +128,7 @@ def test_render_one_gives_the_batch_s_own_frames(story: Story, photos: Path, mod
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert (document["video"]["num_frames"], document["video"]["width"], document["video"]["fps"]) == (9, 96, 16)
-    assert document["model"]["judged"] is False
+    assert document["model"] == asdict(TINY)
     assert json.loads(out.with_suffix(".json").read_text())["video"]["sha256"] == document["video"]["sha256"]
     # The two files differ in what their metadata say; the pictures may not.
     assert (decode_mp4(out) == decode_mp4(Path(ok["video"]["uri"]))).all()
