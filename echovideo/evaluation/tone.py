@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
+from skimage.color import rgb2lab
 
 from echovideo.evaluation.statistics import Numbers
 from echovideo.faces.analyzer import recognition_crop
@@ -31,7 +31,7 @@ def skin_colour(frame_HWC: NDArray[np.uint8], points_52: NDArray[np.float32]) ->
 
 def lightness(colour_3: NDArray[np.uint8]) -> float:
     """Return L* of an RGB colour (CIELAB, D65): 0 black to 100 white."""
-    return float(cv2.cvtColor(colour_3[None, None].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[0, 0, 0])
+    return float(rgb2lab(colour_3[None, None])[0, 0, 0])
 
 
 def clip_lightness(

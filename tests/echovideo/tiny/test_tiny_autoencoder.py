@@ -107,3 +107,20 @@ def test_train_autoencoder_runs_through_its_phases(monkeypatch: pytest.MonkeyPat
     assert list(dict.fromkeys(shapes)) == [(1, 3, 1, 16, 16), (2, 3, 9, SIDE, SIDE)]
     assert not vae.training
     assert not any(parameter.requires_grad for parameter in vae.parameters())
+
+
+def test_train_autoencoder_decoder_alone_leaves_the_encoder_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count(time.perf_counter())
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(autoencoder, "SIDE", SIDE)
+    monkeypatch.setattr(autoencoder, "FRAMES", 9)
+    monkeypatch.setattr(sys.modules["echovideo.tiny.drawing"], "SIDE", SIDE)
+    monkeypatch.setattr(sys.modules["echovideo.tiny.drawing"], "REFERENCE_SIDE", SIDE)
+    monkeypatch.setattr(autoencoder, "draw_clips", partial(autoencoder.draw_clips, frames=9))
+    phases = (Phase(until=1, clips=1, frames=1, side=16),)
+    settings = AutoencoderSettings(seconds=8, phases=phases, fresh=2, kept=4)
+    start = fresh_vae()
+    before = {name: tensor.bfloat16() for name, tensor in start.state_dict().items()}
+    trained = train_autoencoder(settings, torch.device("cpu"), start, decoder_alone=True).state_dict()
+    assert all(torch.equal(trained[name], tensor) for name, tensor in before.items() if name.startswith("encoder"))
+    assert not torch.equal(trained["decoder.conv_out.conv.weight"], before["decoder.conv_out.conv.weight"])
