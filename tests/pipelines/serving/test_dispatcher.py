@@ -23,9 +23,7 @@ def test_dispatcher_after_a_lost_one_refuses_what_its_renderer_still_commits(stu
     config = replace(ServiceConfig.of_model(str(stub_model), store=str(tmp_path / "store")), num_renderers=0)
     store, video_id = TenantStore(config, "studio"), new_video_id("studio", "first")
     request = RenderRequest(row_id=video_id, photo_uri="uploads/0.jpg", prompt="p")
-    record = VideoRecord(
-        tenant="studio", key_id="k", created_at=0.0, request=request, photo_sha256="0" * 64, nonce="n"
-    )
+    record = VideoRecord(tenant="studio", key_id="k", created_at=0.0, request=request, photo_sha256="0" * 64, nonce="n")
     store.accept(record, b"photo")
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as lost:
         old = store.ledger.open_epoch(pid=lost.pid).number
