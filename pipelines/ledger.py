@@ -222,6 +222,11 @@ class OutcomeLedger(ABC, Generic[Outcome]):
             return True
         return False
 
+    def is_open(self) -> bool:
+        """Return whether the newest turn was not closed: its driver is at work, or was lost with work in hand."""
+        names = self._epochs.list_names()
+        return _newest(names) > 0 and f"{_newest(names)}.finished" not in names
+
     def claim(
         self, row_id: str, epoch: int, stage: str, node: str, node_alive: Callable[[str], bool]
     ) -> Claim | Outcome | None:
@@ -346,7 +351,7 @@ class OutcomeLedger(ABC, Generic[Outcome]):
     def _check_idle(self) -> int:
         """Return the newest epoch's number, 0 if there is none; raises RunError if its driver lives."""
         files = {file.path: file for file in self._epochs.list_files()}
-        newest = max((int(name.removesuffix(".json")) for name in files if name.endswith(".json")), default=0)
+        newest = _newest(files)
         if not newest or f"{newest}.finished" in files:
             return newest
         driver = (self._epochs / f"{newest}.json").read_json()
@@ -367,6 +372,11 @@ class OutcomeLedger(ABC, Generic[Outcome]):
         probe = self.folder / "clock"
         probe.write_bytes(b"")
         return probe.stat().modified_s
+
+
+def _newest(names: Iterable[str]) -> int:
+    """Return the newest epoch of those whose files these are, 0 if there is none."""
+    return max((int(name.removesuffix(".json")) for name in names if name.endswith(".json")), default=0)
 
 
 class Ledger(OutcomeLedger[RowOutcome]):

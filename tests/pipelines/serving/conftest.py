@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
-import socket
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from echovideo.model.card import ModelCard, write_card
 from pipelines.serving.access import Access
 from pipelines.serving.app import PROXY_ENVIRONMENT, bind
 from pipelines.serving.config import ServiceConfig
+from pipelines.serving.local import free_ports, own_proxy
 from pipelines.stages.stage import Stage
 from pipelines.storage import StorageOptions
 
@@ -120,15 +119,6 @@ def stub_stages() -> Sequence[type[Stage]]:
     return STUBS
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on, below those that Ray's own parts and outgoing connections take."""
-    for port in random.sample(range(20000, 30000), 100):
-        with closing(socket.socket()) as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no free port")
-
-
 @pytest.fixture(scope="package")
 def stub_model(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, astronaut_png: bytes) -> Path:
     """A model folder for the stub stages: real face nets, one identity, one condition, and a card that says judged."""
@@ -149,19 +139,22 @@ def serve_port(s3_options: StorageOptions) -> Iterator[int]:
 
     The S3 server comes first, because its keys must be in the environment of whoever is to use it.
     """
-    port = free_port()
+    [port] = free_ports(1)
+    # Not pytest's: a socket's path must be short.
+    folder = tempfile.TemporaryDirectory(prefix="ev-", dir="/tmp")
     ray.init(
         address="local",
         num_cpus=4,
         include_dashboard=False,
         log_to_driver=False,
-        runtime_env={"env_vars": PROXY_ENVIRONMENT},
+        runtime_env={"env_vars": PROXY_ENVIRONMENT | own_proxy(Path(folder.name))},
     )
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     yield port
     if ray.is_initialized():
         serve.shutdown()
         ray.shutdown()
+    folder.cleanup()
 
 
 @pytest.fixture(scope="package")
