@@ -1,6 +1,6 @@
 """Measures whether the embedded face nets see drawn people as people: `python -m echovideo.synthetic.check`.
 
-Writes results/check.json and results/people.png beside this file. Everything comes from fixed seeds; the people are
+Writes results/check.json and results/people.jpg beside this file. Everything comes from fixed seeds; the people are
 the test split's, the mean embedding is of validation people.
 """
 
@@ -159,7 +159,7 @@ def main() -> None:
     count: int = parser.parse_args().people
     rows = measure(count)
     write_results("check", f"{torch.get_num_threads()} CPU threads", rows, None)
-    contact_sheet(people(_UNSEEN[:8])).save(RESULTS / "people.png")
+    contact_sheet(people(_UNSEEN[:8])).save(RESULTS / "people.jpg", quality=88)
     if not all(row.passed for row in rows):
         raise SystemExit(1)
 
