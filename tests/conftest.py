@@ -13,6 +13,19 @@ from PIL import Image
 
 from echovideo.tiny.folder import ensure_tiny
 
+SERVICE = Path(__file__).parent / "pipelines/serving"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where two processes share the tests, one takes all of a file, or of the service: its files share one Ray Serve.
+
+    The service's tests come first: they wait, while the other process computes.
+    """
+    for item in items:
+        group = SERVICE if SERVICE in item.path.parents else item.path
+        item.add_marker(pytest.mark.xdist_group(str(group.relative_to(Path(__file__).parent))))
+    items.sort(key=lambda item: SERVICE not in item.path.parents)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def two_threads() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import socket
 import time
 from collections import Counter
@@ -17,13 +16,8 @@ from typing import Any
 import httpx
 import pytest
 import ray
-import torch
 from ray import serve
 
-from echovideo.conditioning import Condition
-from echovideo.faces.analyzer import FaceAnalyzer
-from echovideo.faces.packs import open_pack
-from echovideo.model.card import ModelCard, write_card
 from pipelines.serving.access import Access
 from pipelines.serving.app import PROXY_ENVIRONMENT, bind
 from pipelines.serving.config import ServiceConfig
@@ -127,20 +121,6 @@ def free_port() -> int:
             probe.bind(("127.0.0.1", port))
             return port
     raise AssertionError("no free port")
-
-
-@pytest.fixture(scope="package")
-def stub_model(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, astronaut_png: bytes) -> Path:
-    """A model folder for the stub stages: real face nets, one identity, one condition, and a card that says judged."""
-    folder = tmp_path_factory.mktemp("stub") / "model"
-    shutil.copytree(tiny_folder / "face_encoder", folder / "face_encoder")
-    write_card(ModelCard(name="stub", licence="none"), folder)
-    identity = FaceAnalyzer(open_pack(folder / "face_encoder")).analyze(astronaut_png)
-    (folder / "identity.safetensors").write_bytes(identity.to_bytes())
-    mean, std = torch.zeros(16, 12, 12), torch.ones(16, 12, 12)
-    condition = Condition(fused_2ND=torch.zeros(2, 226, 8), face_mean_CHW=mean, face_std_CHW=std)
-    (folder / "condition.safetensors").write_bytes(condition.to_bytes())
-    return folder
 
 
 @pytest.fixture(scope="package")

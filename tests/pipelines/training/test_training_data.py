@@ -17,9 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
-from ray import serve
 
 from echovideo.conditioning import encode_prompt, face_posterior
 from echovideo.faces.analyzer import FaceAnalyzer, FaceLimits
@@ -45,16 +43,11 @@ ONE_THREAD = EngineSettings(num_threads=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ray_of_two_cpus(s3_options: StorageOptions) -> Iterator[None]:
-    """One local Ray for this file, started once the S3 server's keys are in the environment, and one thread."""
+def one_thread(ray_of_two_cpus: None) -> Iterator[None]:
+    """What is made here is compared with what a worker of one thread made."""
     threads = torch.get_num_threads()
     torch.set_num_threads(ONE_THREAD.num_threads)
-    if ray.is_initialized():  # Another file's.
-        serve.shutdown()
-        ray.shutdown()
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
-    ray.shutdown()
     torch.set_num_threads(threads)
 
 
