@@ -238,6 +238,17 @@ def test_run_of_a_damaged_model_is_refused_with_the_file(tmp_path: Path, tiny_fo
     assert caught.value.code == "stage_failed"
 
 
+def test_drivers_load_no_library_of_networks() -> None:
+    # A driver opens no network, and their classes would double its start and its memory.
+    program = (
+        "import sys, pipelines.run, pipelines.training.data; "
+        "sys.exit(not {'diffusers', 'transformers'}.isdisjoint(sys.modules))"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+
+
 def test_run_strict_with_a_bad_row_is_refused_whole(tmp_path: Path, stub_model: Path) -> None:
     config = config_for([row("good"), row("bad", tier="high")], tmp_path, stub_model, strict=True)
     with pytest.raises(RunError, match="row 1: tier") as caught:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,13 +41,7 @@ DEADLINE_S = 240
 ONE_THREAD = EngineSettings(num_threads=1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread(ray_of_two_cpus: None) -> Iterator[None]:
-    """What is made here is compared with what a worker of one thread made."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(ONE_THREAD.num_threads)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("ray_of_two_cpus")
 
 
 @dataclass(frozen=True)
