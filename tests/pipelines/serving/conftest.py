@@ -8,7 +8,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,13 +82,17 @@ class Running:
         video: dict[str, Any] = answer.json()
         return video
 
-    def occupy(self, photo: bytes) -> list[str]:
-        """Give every renderer a video that takes long, and return these once all of them are in progress."""
-        fields = {"prompt": "busy", "tags": '{"step_s": "0.3"}'}
+    @contextmanager
+    def occupied(self, photo: bytes) -> Iterator[list[str]]:
+        """Give every renderer a video that would never end, yield these in progress, and delete them."""
+        fields = {"prompt": "busy", "tags": '{"step_s": "0.3", "ends": "never"}'}
         busy = [self.create(photo, seed=1000 + i, **fields)["id"] for i in range(self.config.num_renderers)]
-        for video_id in busy:
-            self.wait(video_id, "in_progress")
-        return busy
+        try:
+            for video_id in busy:
+                self.wait(video_id, "in_progress")
+            yield busy
+        finally:
+            self.forget(*busy)
 
     def forget(self, *video_ids: str) -> None:
         """Delete videos, and with them what they would still cost."""
