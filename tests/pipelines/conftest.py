@@ -18,6 +18,7 @@ import pytest
 import ray
 import torch
 from playwright.sync_api import Browser, sync_playwright
+from ray import serve
 
 from echovideo.conditioning import Condition
 from echovideo.errors import StorageError
@@ -62,15 +63,18 @@ def s3_options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StorageOpti
             server.wait()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def ray_of_two_cpus(s3_options: StorageOptions) -> Iterator[None]:
     """One local Ray for all that takes it, started once the S3 server's keys are in the environment."""
+    if ray.is_initialized():  # The service's, whose tests come first.
+        serve.shutdown()
+        ray.shutdown()
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def stub_model(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, astronaut_png: bytes) -> Path:
     """A model folder for the stub stages: real face nets, one identity, one condition, and a card that says judged."""
     folder = tmp_path_factory.mktemp("stub") / "model"
