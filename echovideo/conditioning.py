@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLCogVideoX
-from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from safetensors.torch import load, save
-from transformers import PreTrainedTokenizerBase, SiglipImageProcessorPil, SiglipVisionModel, T5EncoderModel
 
 from echovideo.model.fusion import IdentityImageTextFusion
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLCogVideoX
+    from transformers import PreTrainedTokenizerBase, SiglipImageProcessorPil, SiglipVisionModel, T5EncoderModel
 
 SPATIAL_COMPRESSION = 8
 TEMPORAL_COMPRESSION = 4
@@ -100,6 +101,8 @@ def face_posterior(
 
     The uint8 RGB face is padded with black to the video's aspect ratio, resized with Lanczos and encoded as one frame.
     """
+    from diffusers.video_processor import VideoProcessor
+
     padded = Image.fromarray(pad_to_aspect(face_image, width / height))
     pixels = VideoProcessor(vae_scale_factor=SPATIAL_COMPRESSION).preprocess(padded, height=height, width=width)
     posterior = vae.encode(pixels.to(vae.device, vae.dtype).unsqueeze(2)).latent_dist

@@ -7,21 +7,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLCogVideoX
 
 from echovideo.conditioning import Condition
 from echovideo.errors import RenderCancelledError, RunError
 from echovideo.model.folder import load_scheduler, load_transformer, load_vae, vae_dtype
-from echovideo.model.transformer import EchoVideoTransformer3DModel
 from echovideo.preview import LatentPreview
 from echovideo.request import RenderRequest
 from echovideo.sampler import Scheduler, advance, decode, denoise_step, prepare
 from echovideo.settings import EngineSettings, check_tier
 from echovideo.training.adapters import AdapterSlot
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLCogVideoX
+
+    from echovideo.model.transformer import EchoVideoTransformer3DModel
 
 KeepGoing: TypeAlias = Callable[[int, int, Callable[[], bytes]], bool]
 """Asked before each step with the steps done, the steps in all, and what draws a small JPEG of the video so far."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLCogVideoX
 
 from echovideo.conditioning import SPATIAL_COMPRESSION
 from echovideo.video import poster_jpeg
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLCogVideoX
 
 _MAX_SIDE = 320
 _FIT_SIDE = 128

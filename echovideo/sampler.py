@@ -8,18 +8,20 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler
-from diffusers.utils.torch_utils import randn_tensor
 
 from echovideo.conditioning import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, Condition, place_face_latents
 from echovideo.model.rotary import rotary_tables
-from echovideo.model.transformer import EchoVideoTransformer3DModel
 from echovideo.request import GuidanceSchedule, check_num_frames, check_size
 
-Scheduler: TypeAlias = CogVideoXDPMScheduler | CogVideoXDDIMScheduler
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+
+    from echovideo.model.transformer import EchoVideoTransformer3DModel
+
+Scheduler: TypeAlias = "CogVideoXDPMScheduler | CogVideoXDDIMScheduler"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -79,6 +81,8 @@ def prepare(
 
     Sizes in pixels. Raises RequestError for a size or frame count that cannot be rendered.
     """
+    from diffusers.utils.torch_utils import randn_tensor
+
     check_size(height, width)
     check_num_frames(num_frames)
     like = transformer.patch_embed.proj.weight
@@ -139,6 +143,8 @@ def denoise_step(transformer: EchoVideoTransformer3DModel, state: SamplerState) 
 @torch.inference_mode()
 def advance(state: SamplerState, velocity_BFCHW: torch.Tensor) -> SamplerState:
     """Return the state one scheduler step further; the previous state must not be used again (shared generator)."""
+    from diffusers import CogVideoXDPMScheduler
+
     timestep, latents = state.timesteps[state.step], state.latents_BFCHW
     options: dict[str, Any] = {"generator": state.generator, "return_dict": False}
     if isinstance(state.scheduler, CogVideoXDPMScheduler):

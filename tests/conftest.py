@@ -10,14 +10,38 @@ import pytest
 import skimage.data
 import torch
 from PIL import Image
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from echovideo.tiny.folder import ensure_tiny
 
+SERVICE = "tests/pipelines/serving/"
 
-@pytest.fixture(autouse=True, scope="session")
-def two_threads() -> None:
-    """Sums then have the same order on every machine."""
-    torch.set_num_threads(2)
+
+class ByFile(LoadScopeScheduling):
+    """Gives each of the test processes whole files, and the service's files as one: they share one Ray Serve."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return SERVICE if nodeid.startswith(SERVICE) else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    """Share the tests among the processes of `pytest -n`."""
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the service's tests: they wait, while the other process computes."""
+    items.sort(key=lambda item: not item.nodeid.startswith(SERVICE))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> None:
+    """Sums then have the same order on every machine, and no thread of a busy machine waits for another.
+
+    What renders sets its own number, which stays; so each file begins with one again.
+    """
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

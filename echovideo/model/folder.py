@@ -1,6 +1,8 @@
 """A model folder in the published layout: which part lives where, and how each is opened and saved.
 
 transformer/ vae/ text_encoder/ tokenizer/ scheduler/ clip_visual_encoder/ face_encoder/.
+
+A part's class is imported where the part is opened: that takes seconds, and most processes open only some.
 """
 
 from __future__ import annotations
@@ -9,29 +11,19 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    SiglipImageProcessorPil,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-    T5Config,
-    T5EncoderModel,
-)
 
 from echovideo.errors import WeightsError
-from echovideo.model.transformer import EchoVideoTransformer3DModel
 from echovideo.model.weights import load_weights, read_config, save_weights
-from echovideo.sampler import Scheduler
 
-_SCHEDULERS: Mapping[str, type[Scheduler]] = {
-    "CogVideoXDPMScheduler": CogVideoXDPMScheduler,
-    "CogVideoXDDIMScheduler": CogVideoXDDIMScheduler,
-}
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLCogVideoX
+    from transformers import PreTrainedTokenizerBase, SiglipImageProcessorPil, SiglipVisionModel, T5EncoderModel
+
+    from echovideo.model.transformer import EchoVideoTransformer3DModel
+    from echovideo.sampler import Scheduler
 
 
 def vae_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -41,6 +33,8 @@ def vae_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def load_vae(folder: Path, *, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
     """Load `vae/`; raises WeightsError naming the file and tensor."""
+    from diffusers import AutoencoderKLCogVideoX
+
     config = read_config(folder / "vae")
     with torch.device("meta"):
         vae = AutoencoderKLCogVideoX.from_config(config)
@@ -50,6 +44,8 @@ def load_vae(folder: Path, *, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
 
 def load_text_encoder(folder: Path, *, dtype: torch.dtype) -> T5EncoderModel:
     """Load `text_encoder/`; raises WeightsError naming the file and tensor."""
+    from transformers import T5Config, T5EncoderModel
+
     config = T5Config.from_dict(read_config(folder / "text_encoder"))
     with torch.device("meta"):
         model = T5EncoderModel(config)
@@ -59,6 +55,8 @@ def load_text_encoder(folder: Path, *, dtype: torch.dtype) -> T5EncoderModel:
 
 def load_image_encoder(folder: Path, *, dtype: torch.dtype) -> SiglipVisionModel:
     """Load `clip_visual_encoder/`, whose tensors may carry the prefix older transformers gave them."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
     values = read_config(folder / "clip_visual_encoder")
     # Not on the meta device: its position ids are computed, not stored.
     model = SiglipVisionModel(SiglipVisionConfig.from_dict(values.get("vision_config") or values))
@@ -73,12 +71,16 @@ def load_image_encoder(folder: Path, *, dtype: torch.dtype) -> SiglipVisionModel
 
 def load_image_processor(folder: Path) -> SiglipImageProcessorPil:
     """Load `clip_visual_encoder/`'s PIL processor, whose bicubic filter the recorded numbers were made with."""
+    from transformers import SiglipImageProcessorPil
+
     with _explained(folder / "clip_visual_encoder"):
         return SiglipImageProcessorPil.from_pretrained(folder / "clip_visual_encoder")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load `tokenizer/`."""
+    from transformers import AutoTokenizer
+
     with _explained(folder / "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         return tokenizer
@@ -86,19 +88,26 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def load_scheduler(folder: Path) -> Scheduler:
     """Load `scheduler/scheduler_config.json`, a CogVideoX DPM or DDIM scheduler."""
+    from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+
+    classes: Mapping[str, type[Scheduler]] = {
+        cls.__name__: cls for cls in (CogVideoXDPMScheduler, CogVideoXDDIMScheduler)
+    }
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise WeightsError(f"{path} is missing")
     config = json.loads(path.read_text())
     name = config.get("_class_name")
-    if name not in _SCHEDULERS:
-        raise WeightsError(f"{path}: scheduler {name!r} is not one of {', '.join(_SCHEDULERS)}")
-    scheduler: Scheduler = _SCHEDULERS[name].from_config(config)
+    if name not in classes:
+        raise WeightsError(f"{path}: scheduler {name!r} is not one of {', '.join(classes)}")
+    scheduler: Scheduler = classes[name].from_config(config)
     return scheduler
 
 
 def load_transformer(folder: Path, *, dtype: torch.dtype) -> EchoVideoTransformer3DModel:
     """Load `transformer/`; raises WeightsError naming the file and tensor."""
+    from echovideo.model.transformer import EchoVideoTransformer3DModel
+
     return EchoVideoTransformer3DModel.from_pretrained(folder / "transformer", dtype=dtype)
 
 

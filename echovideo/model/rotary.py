@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
 BASE_GRID = (30, 45)
 """Patch rows and columns of 480 x 720, which the published model fits every size and orientation into."""
@@ -20,6 +19,8 @@ def rotary_tables(
 
     The grid is fitted into the 30 x 45 base grid, centred, keeping its aspect ratio.
     """
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
     cos, sin = get_3d_rotary_pos_embed(
         embed_dim=head_dim,
         crops_coords=_fitted_region(grid_height, grid_width),

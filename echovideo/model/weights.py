@@ -17,6 +17,7 @@ from echovideo.errors import WeightsError
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHARD_BYTES = 5 * 1024**3
+_ALIGNMENT = 64
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -67,6 +68,9 @@ def load_weights(
                 tensor = file.get_tensor(name)
                 if tensor.is_floating_point():
                     tensor = tensor.to(dtype)
+                if dtype == torch.float32 and tensor.data_ptr() % _ALIGNMENT:
+                    # A CPU's products round otherwise where operands lie otherwise, which the file's header decides.
+                    tensor = tensor.clone()
                 _assign(module, aliases, tensor)
                 filled.add(id(expected))
     missing = sorted({aliases[0] for expected, aliases in places.values() if id(expected) not in filled})

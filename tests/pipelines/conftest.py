@@ -1,10 +1,11 @@
-"""Fixtures: a real S3 server for the session, an empty folder or prefix for each test, and a real browser."""
+"""Fixtures: a real S3 server, an empty folder or prefix for each test, a Ray, a model of stubs, and a real browser."""
 
 from __future__ import annotations
 
 import os
 import random
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,9 +15,16 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import ray
+import torch
 from playwright.sync_api import Browser, sync_playwright
+from ray import serve
 
+from echovideo.conditioning import Condition
 from echovideo.errors import StorageError
+from echovideo.faces.analyzer import FaceAnalyzer
+from echovideo.faces.packs import open_pack
+from echovideo.model.card import ModelCard, write_card
 from pipelines.storage import StorageOptions, StoragePath
 
 START_SCRIPT = Path(__file__).parents[2] / "infra/local_s3/start.sh"
@@ -53,6 +61,31 @@ def s3_options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StorageOpti
         finally:
             server.kill()
             server.wait()
+
+
+@pytest.fixture(scope="session")
+def ray_of_two_cpus(s3_options: StorageOptions) -> Iterator[None]:
+    """One local Ray for all that takes it, started once the S3 server's keys are in the environment."""
+    if ray.is_initialized():  # The service's, whose tests come first.
+        serve.shutdown()
+        ray.shutdown()
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def stub_model(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, astronaut_png: bytes) -> Path:
+    """A model folder for the stub stages: real face nets, one identity, one condition, and a card that says judged."""
+    folder = tmp_path_factory.mktemp("stub") / "model"
+    shutil.copytree(tiny_folder / "face_encoder", folder / "face_encoder")
+    write_card(ModelCard(name="stub", licence="none"), folder)
+    identity = FaceAnalyzer(open_pack(folder / "face_encoder")).analyze(astronaut_png)
+    (folder / "identity.safetensors").write_bytes(identity.to_bytes())
+    mean, std = torch.zeros(16, 12, 12), torch.ones(16, 12, 12)
+    condition = Condition(fused_2ND=torch.zeros(2, 226, 8), face_mean_CHW=mean, face_std_CHW=std)
+    (folder / "condition.safetensors").write_bytes(condition.to_bytes())
+    return folder
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """Stages whose networks are stubs and whose ledger, files and actors are real, to see what faults do to a run.
 
 A row's tags say what befalls it: `kill` names the stage that ends its own worker, `raise` the one that raises, `memory`
-the one that runs out of it, `face` makes the frames show the photo's person, `step_s` says how long a step takes. Each
-render is noted in `renders.log` beside the output root, each step in `steps.log`.
+the one that runs out of it, `face` makes the frames show the photo's person, `step_s` says how long a step takes, and
+a row whose `ends` is "never" takes its last step until it is stopped. Each render is noted in `renders.log` beside the
+output root, each step in `steps.log`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +78,8 @@ class StubRenderer:
 
     def render(self, condition: Condition, request: RenderRequest, seed: int, keep_going: KeepGoing) -> Rendered:
         befall(Row(request=request), "render")
-        for step in range(STEPS):
+        last = repeat(STEPS - 1) if request.tags.get("ends") == "never" else ()
+        for step in chain(range(STEPS), last):
             if not keep_going(step, STEPS, _draw):
                 raise RenderCancelledError("as asked")
             with self.log.with_name("steps.log").open("a") as log:

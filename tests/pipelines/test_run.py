@@ -11,22 +11,16 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
 import pyarrow.parquet as pq
 import pytest
-import ray
-import torch
-from ray import serve
 
-from echovideo.conditioning import Condition
 from echovideo.errors import RunError
-from echovideo.faces.analyzer import FaceAnalyzer
-from echovideo.faces.packs import open_pack
-from echovideo.model.card import ModelCard, folder_digest, read_card, write_card
+from echovideo.model.card import folder_digest, read_card
 from echovideo.request import RenderRequest
 from echovideo.video import decode_mp4
 from pipelines.config import RunConfig
@@ -38,35 +32,13 @@ from pipelines.run import drive
 from pipelines.stages.condition import ConditionStage
 from pipelines.stages.identity import IdentityStage
 from pipelines.stages.row import Row
-from pipelines.storage import StorageOptions, StoragePath
+from pipelines.storage import StoragePath
 from tests.pipelines.stub_stages import STUBS, renders_log
 
 SHAPE = {"height": 96, "width": 96, "num_frames": 17, "num_inference_steps": 2}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_of_two_cpus(s3_options: StorageOptions) -> Iterator[None]:
-    """One local Ray for all runs of this file, started once the S3 server's keys are in the environment."""
-    if ray.is_initialized():  # The service's, whose tests come before these.
-        serve.shutdown()
-        ray.shutdown()
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def stub_model(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, astronaut_png: bytes) -> Path:
-    """A model folder for the stub stages: real face nets, one identity, one condition, and a card that says judged."""
-    folder = tmp_path_factory.mktemp("stub") / "model"
-    shutil.copytree(tiny_folder / "face_encoder", folder / "face_encoder")
-    write_card(ModelCard(name="stub", licence="none"), folder)
-    identity = FaceAnalyzer(open_pack(folder / "face_encoder")).analyze(astronaut_png)
-    (folder / "identity.safetensors").write_bytes(identity.to_bytes())
-    mean, std = torch.zeros(16, 12, 12), torch.ones(16, 12, 12)
-    condition = Condition(fused_2ND=torch.zeros(2, 226, 8), face_mean_CHW=mean, face_std_CHW=std)
-    (folder / "condition.safetensors").write_bytes(condition.to_bytes())
-    return folder
+pytestmark = pytest.mark.usefixtures("ray_of_two_cpus")
 
 
 def row(row_id: str, seed: int = 0, **values: object) -> RenderRequest:
@@ -264,6 +236,17 @@ def test_run_of_a_damaged_model_is_refused_with_the_file(tmp_path: Path, tiny_fo
     with pytest.raises(RunError, match=r"diffusion_pytorch_model.safetensors is truncated") as caught:
         drive(config)
     assert caught.value.code == "stage_failed"
+
+
+def test_drivers_load_no_library_of_networks() -> None:
+    # A driver opens no network, and their classes would double its start and its memory.
+    program = (
+        "import sys, pipelines.run, pipelines.training.data; "
+        "sys.exit(not {'diffusers', 'transformers'}.isdisjoint(sys.modules))"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
 
 
 def test_run_strict_with_a_bad_row_is_refused_whole(tmp_path: Path, stub_model: Path) -> None:

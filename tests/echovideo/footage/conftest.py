@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from echovideo.faces.analyzer import FaceAnalyzer, FaceLimits
@@ -16,15 +15,6 @@ from echovideo.footage.plan import FootageSettings
 from tests.echovideo.footage.drawn import FRAMES, drawn_clips
 
 SETTINGS = FootageSettings(sizes=((96, 96),), num_frames=17, min_face_px=24.0, same_person=0.535)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Drawing and finding faces are small operations, over which two threads of a busy machine wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

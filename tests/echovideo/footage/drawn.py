@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from echovideo.synthetic.check import as_bytes
@@ -37,10 +36,7 @@ class Drawn:
 @cache
 def drawn_clips(frames: int) -> Mapping[str, Drawn]:
     """Return ann-1, ann-2 and bob-1, every second frame the one before again."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     drawing = draw([person for person, _ in _CLIPS.values()], [clip for _, clip in _CLIPS.values()], frames=frames // 2)
-    torch.set_num_threads(threads)
     face = (drawing.face_BFHW + drawing.hair_BFHW).clamp(0, 1).numpy()
     return {
         name: Drawn(as_bytes(drawing.frames_BFCHW[number]).repeat(2, axis=0), face[number].repeat(2, axis=0))

@@ -9,7 +9,6 @@ import torch
 from echovideo.hashing import normal, uniform
 from echovideo.model.config import TransformerConfig
 from echovideo.model.transformer import EchoVideoTransformer3DModel
-from echovideo.tiny.parts import scheduler
 from echovideo.training.batch import NullCondition, TrainingBatch, example_seeds
 from echovideo.training.initialise import start_as_base
 from echovideo.training.loop import ScoreRecord, StepRecord
@@ -46,6 +45,9 @@ def small_model(seed: int = 0) -> EchoVideoTransformer3DModel:
 
 def schedule() -> NoiseSchedule:
     """Return its noise schedule, with the published VAE's scaling factor."""
+    # Imported here because it takes seconds to load, and most processes that train are given the schedule.
+    from echovideo.tiny.parts import scheduler
+
     return NoiseSchedule.of(scheduler(), 0.7)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,8 @@ from typing import Any
 import httpx
 import pytest
 import ray
-import torch
 from ray import serve
 
-from echovideo.conditioning import Condition
-from echovideo.faces.analyzer import FaceAnalyzer
-from echovideo.faces.packs import open_pack
-from echovideo.model.card import ModelCard, write_card
 from pipelines.serving.access import Access
 from pipelines.serving.app import PROXY_ENVIRONMENT, bind
 from pipelines.serving.config import ServiceConfig
@@ -87,13 +82,17 @@ class Running:
         video: dict[str, Any] = answer.json()
         return video
 
-    def occupy(self, photo: bytes) -> list[str]:
-        """Give every renderer a video that takes long, and return these once all of them are in progress."""
-        fields = {"prompt": "busy", "tags": '{"step_s": "0.3"}'}
+    @contextmanager
+    def occupied(self, photo: bytes) -> Iterator[list[str]]:
+        """Give every renderer a video that would never end, yield these in progress, and delete them."""
+        fields = {"prompt": "busy", "tags": '{"step_s": "0.3", "ends": "never"}'}
         busy = [self.create(photo, seed=1000 + i, **fields)["id"] for i in range(self.config.num_renderers)]
-        for video_id in busy:
-            self.wait(video_id, "in_progress")
-        return busy
+        try:
+            for video_id in busy:
+                self.wait(video_id, "in_progress")
+            yield busy
+        finally:
+            self.forget(*busy)
 
     def forget(self, *video_ids: str) -> None:
         """Delete videos, and with them what they would still cost."""
@@ -117,20 +116,6 @@ def stub_stages() -> Sequence[type[Stage]]:
     from tests.pipelines.stub_stages import STUBS
 
     return STUBS
-
-
-@pytest.fixture(scope="package")
-def stub_model(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, astronaut_png: bytes) -> Path:
-    """A model folder for the stub stages: real face nets, one identity, one condition, and a card that says judged."""
-    folder = tmp_path_factory.mktemp("stub") / "model"
-    shutil.copytree(tiny_folder / "face_encoder", folder / "face_encoder")
-    write_card(ModelCard(name="stub", licence="none"), folder)
-    identity = FaceAnalyzer(open_pack(folder / "face_encoder")).analyze(astronaut_png)
-    (folder / "identity.safetensors").write_bytes(identity.to_bytes())
-    mean, std = torch.zeros(16, 12, 12), torch.ones(16, 12, 12)
-    condition = Condition(fused_2ND=torch.zeros(2, 226, 8), face_mean_CHW=mean, face_std_CHW=std)
-    (folder / "condition.safetensors").write_bytes(condition.to_bytes())
-    return folder
 
 
 @pytest.fixture(scope="package")

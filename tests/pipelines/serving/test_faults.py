@@ -80,21 +80,20 @@ def test_dispatcher_killed_with_a_queue_loses_nothing_and_renders_nothing_twice(
 
 
 def test_full_queue_is_answered_429_and_drains_without_loss(stub: Running, astronaut_png: bytes) -> None:
-    busy = stub.occupy(astronaut_png)
     accepted, refused = [], 0
-    for _ in range(stub.config.max_queued + 10):
-        answer = stub.client.post(
-            "/v1/videos", data={"prompt": "p", **SHAPE, "seed": 330}, files={"photo": ("p.png", astronaut_png)}
-        )
-        if answer.status_code == 202:
-            accepted.append(answer.json()["id"])
-            continue
-        refused += 1
-        assert (answer.status_code, answer.json()["code"]) == (429, "queue_full")
-        assert int(answer.headers["retry-after"]) >= 1
+    with stub.occupied(astronaut_png):
+        for _ in range(stub.config.max_queued + 10):
+            answer = stub.client.post(
+                "/v1/videos", data={"prompt": "p", **SHAPE, "seed": 330}, files={"photo": ("p.png", astronaut_png)}
+            )
+            if answer.status_code == 202:
+                accepted.append(answer.json()["id"])
+                continue
+            refused += 1
+            assert (answer.status_code, answer.json()["code"]) == (429, "queue_full")
+            assert int(answer.headers["retry-after"]) >= 1
     assert refused == 10
     assert len(accepted) == stub.config.max_queued
-    stub.forget(*busy)
     assert {stub.wait(video_id)["status"] for video_id in accepted} == {"completed"}
     # They all asked for the same pixels: two renderers may have begun with them at once.
     assert 1 <= sum(stub.renders()[video_id] for video_id in accepted) <= 2

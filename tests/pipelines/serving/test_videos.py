@@ -303,23 +303,23 @@ def test_delete_stops_the_work_within_one_step_and_leaves_no_file(stub: Running,
 
 
 def test_delete_of_a_queued_video_never_starts_it(stub: Running, astronaut_png: bytes) -> None:
-    busy = stub.occupy(astronaut_png)
-    queued = stub.create(astronaut_png, seed=82)["id"]
-    stub.forget(queued, *busy)
+    with stub.occupied(astronaut_png):
+        queued = stub.create(astronaut_png, seed=82)["id"]
+        stub.forget(queued)
     later = stub.create(astronaut_png, seed=83)["id"]
     assert stub.wait(later)["status"] == "completed"
     assert stub.steps(queued) == []
 
 
 def test_queued_is_queued_until_a_renderer_has_it(stub: Running, astronaut_png: bytes) -> None:
-    busy = stub.occupy(astronaut_png)
-    queued = [stub.create(astronaut_png, seed=84 + i)["id"] for i in range(2)]
-    views = [stub.view(video_id) for video_id in queued]
-    assert [view["status"] for view in views] == ["queued", "queued"]
-    assert [view["queue_position"] for view in views] == [0, 1]
-    wait_until(lambda: stub.view(busy[0])["progress"] >= 20)
-    assert stub.view(busy[0])["eta_seconds"] > 0
-    stub.forget(*busy, *queued)
+    with stub.occupied(astronaut_png) as busy:
+        queued = [stub.create(astronaut_png, seed=84 + i)["id"] for i in range(2)]
+        views = [stub.view(video_id) for video_id in queued]
+        assert [view["status"] for view in views] == ["queued", "queued"]
+        assert [view["queue_position"] for view in views] == [0, 1]
+        wait_until(lambda: stub.view(busy[0])["progress"] >= 20)
+        assert stub.view(busy[0])["eta_seconds"] > 0
+        stub.forget(*queued)
 
 
 def test_events_tell_each_change_with_previews_and_end_with_the_video(stub: Running, astronaut_png: bytes) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from echovideo.training.batch import TrainingBatch
+from echovideo.training.objective import NoiseSchedule
 from echovideo.training.settings import AverageSettings
 from pipelines.training.train import Ingredients, TrainingRun
 from tests.echovideo.training.small import SmallSource, null_condition, schedule, settings, small_model
@@ -40,17 +41,15 @@ def run(folder: Path, source: SmallSource, **changes: Any) -> TrainingRun:
     return TrainingRun(
         folder=folder,
         settings=SETTINGS,
-        ingredients=partial(_ingredients, source),
+        ingredients=partial(_ingredients, source, schedule()),
         base_digest="base",
         device="cpu",
         **values,
     )
 
 
-def _ingredients(source: SmallSource, device: torch.device) -> Ingredients:
-    return Ingredients(
-        model=small_model().to(device), schedule=schedule(), source=source, null=null_condition().to(device)
-    )
+def _ingredients(source: SmallSource, noise: NoiseSchedule, device: torch.device) -> Ingredients:
+    return Ingredients(model=small_model().to(device), schedule=noise, source=source, null=null_condition().to(device))
 
 
 def _score(model: torch.nn.Module, steps: int) -> dict[str, float]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
 from echovideo.errors import TrainingError
 from echovideo.training.journal import read_metrics
@@ -14,15 +12,7 @@ from pipelines.training.train import run_training
 from tests.echovideo.training.small import SmallSource
 from tests.pipelines.training.small_runs import KillingSource, run
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _cluster() -> Iterator[None]:
-    """A Ray of this machine with two CPUs."""
-    if ray.is_initialized():
-        ray.shutdown()
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("ray_of_two_cpus")
 
 
 def test_run_with_a_worker_killed_goes_on_to_the_same_losses_to_the_bit(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,9 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
-from ray import serve
 
 from echovideo.conditioning import encode_prompt, face_posterior
 from echovideo.faces.analyzer import FaceAnalyzer, FaceLimits
@@ -44,18 +41,7 @@ DEADLINE_S = 240
 ONE_THREAD = EngineSettings(num_threads=1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_of_two_cpus(s3_options: StorageOptions) -> Iterator[None]:
-    """One local Ray for this file, started once the S3 server's keys are in the environment, and one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(ONE_THREAD.num_threads)
-    if ray.is_initialized():  # Another file's.
-        serve.shutdown()
-        ray.shutdown()
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("ray_of_two_cpus")
 
 
 @dataclass(frozen=True)
