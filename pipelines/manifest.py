@@ -88,7 +88,9 @@ def _number(name: str, meaning: str) -> Column:
 COLUMNS = (
     text_column("row_id", "Unique name of the row: letters, digits, '.', '_', '-', at most 128.", required=True),
     text_column(
-        "prompt", "What the person does, at most 4000 characters; the published model reads the first 226 tokens.", required=True
+        "prompt",
+        "What the person does, at most 4000 characters; the published model reads 226 tokens.",
+        required=True,
     ),
     text_column("photo_uri", "The photo: a path (relative to the manifest's folder), file://, s3:// or https://."),
     Column(

@@ -27,4 +27,4 @@ def test_sidecar_basis_holds_every_setting_and_reads_back_from_json() -> None:
     assert basis["request"]["consent_id"] == "c-1"
     assert basis["request"]["photo_sha256"] == "00"
     assert {"seed", "height", "width", "num_frames", "guidance_schedule", "tier"} <= set(basis["request"])
-    assert basis["engine"] == {"version": 2, "device": "cpu", "num_threads": 2}
+    assert basis["engine"] == {"version": 3, "device": "cpu", "num_threads": 2}

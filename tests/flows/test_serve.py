@@ -15,7 +15,7 @@ import httpx
 from typer.testing import CliRunner
 
 from flows.cli import app
-from tests.pipelines.serving.conftest import free_port
+from tests.flows.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
 

@@ -195,7 +195,7 @@ def test_tensors_are_the_encoders_own_of_the_same_frames_and_words(
     expected = encoder.example(take, "A person called ann-2.")
     torch.testing.assert_close(tensors.latents_mean_FCHW, expected.latents_mean_FCHW.bfloat16())
     torch.testing.assert_close(tensors.latents_std_FCHW, expected.latents_std_FCHW.bfloat16())
-    text = encode_prompt(encoder.tokenizer, encoder.text_encoder, "A person called ann-2.", 226)
+    text = encode_prompt(encoder.tokenizer, encoder.text_encoder, "A person called ann-2.", encoder.tokens)
     torch.testing.assert_close(tensors.text_ND, text[0].bfloat16())
     np.testing.assert_array_equal(tensors.face_share_FHW.numpy(), face_share(take.face_FHW))
 
