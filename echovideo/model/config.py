@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from echovideo.errors import WeightsError
+
+Recompute = Literal["elementwise", "products"]
+"""What training computes again in the backward pass: norms, rotary embedding and GELU, or linear layers too."""
 
 _FIXED: Mapping[str, Any] = {
     "activation_fn": "gelu-approximate",

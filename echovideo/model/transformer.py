@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from echovideo.model.config import TransformerConfig
+from echovideo.model.config import Recompute, TransformerConfig
 from echovideo.model.fusion import IdentityImageTextFusion
+from echovideo.model.recompute import recomputed
 from echovideo_kernels import (
     FOLDED_SCALE,
     attention,
@@ -119,6 +119,8 @@ class _GeluProjection(nn.Module):
         self.proj = nn.Linear(dim, 4 * dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return F.gelu(self.proj(x), approximate="tanh")
         return linear_gelu(x, self.proj.weight, self.proj.bias)
 
 
@@ -193,7 +195,8 @@ class EchoVideoTransformer3DModel(IdentityImageTextFusion):
         self.norm_out = OutputNorm(config)
         self.proj_out = nn.Linear(config.inner_dim, config.patch_size**2 * config.out_channels)
         self.recomputed_blocks = 0
-        """How many blocks, from the first, keep nothing for the backward pass and are computed again in it."""
+        """How many blocks, from the first, compute again in the backward pass what `recompute` names."""
+        self.recompute: Recompute = "products"
 
     @classmethod
     def from_config(cls, config: TransformerConfig | Mapping[str, Any]) -> Self:
@@ -224,8 +227,7 @@ class EchoVideoTransformer3DModel(IdentityImageTextFusion):
         for i, block in enumerate(self.transformer_blocks):
             inputs = (*residual, time, image_rotary_emb)
             if i < self.recomputed_blocks and torch.is_grad_enabled():
-                # No block draws random numbers, so there is no generator's state to bring back.
-                residual = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+                residual = recomputed(block, self.recompute, *inputs)
             else:
                 residual = block(*inputs)
         x, branch, gate = residual

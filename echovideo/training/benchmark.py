@@ -1,7 +1,7 @@
 """A training step of the full-size model, measured: `python -m echovideo.training.benchmark --commit COMMIT`.
 
 At 480x848, 49 frames, 226 text tokens, a batch of 1 a GPU, random bfloat16 weights: seconds, peak memory and model-FLOP
-utilisation, each with the fewest recomputed blocks that fit, beside diffusers' CogVideoX transformer with its gradient
+utilisation, each with the fewest recomputing blocks that fit, beside diffusers' CogVideoX transformer with its gradient
 checkpointing, PyTorch's attention and the same optimizer. With `--gpus 2`, FSDP2 over two GPUs beside one instead.
 Prints a table and writes results/step.json, or step_2_gpus.json, into the folder `--out`.
 
@@ -114,16 +114,16 @@ def stages(batch_size: int) -> dict[str, StageSettings]:
     """Return the settings that are measured, by name."""
     common = {"steps": 1000, "batch_size": batch_size}
     return {
-        "stage 2, full": stage_two(**common),
+        "stage 2, full": stage_two(**common, recompute="elementwise"),
         "stage 2, LoRA-128": stage_two(**common, groups=("fusion", "patch_embed"), adapter=_LORA),
         "stage 1, full fusion": stage_one(**common),
         "stage 1, LoRA-128": stage_one(**common, adapter=_LORA),
     }
 
 
-def measure_ours(case: Case, settings: StageSettings, *, compiled: bool) -> Measurement:
+def measure_ours(case: Case, settings: StageSettings) -> Measurement:
     """Measure our step with the fewest recomputed blocks that fit; on every process of the default group."""
-    trainer = Trainer(_model(case), _schedule(case), _null(case), settings, compiled=compiled)
+    trainer = Trainer(_model(case), _schedule(case), _null(case), settings)
     rank, share = (dist.get_rank(), 1) if dist.is_initialized() else (0, settings.batch_size)
     batch = _batch(case, rank * share + torch.arange(share))
 
@@ -197,10 +197,10 @@ def measure_diffusers(case: Case) -> Measurement:
     return _measure(step, case.device)
 
 
-def rows_of_one(case: Case, *, compiled: bool) -> Iterator[Row]:
+def rows_of_one(case: Case) -> Iterator[Row]:
     """Measure all stages on one GPU, the full fine-tune beside diffusers."""
     for name, settings in stages(1).items():
-        found = measure_ours(case, settings, compiled=compiled)
+        found = measure_ours(case, settings)
         _clear(case.device)
         flops = step_flops(case, backbone_trained=settings.groups == stage_two(steps=1, batch_size=1).groups)
         is_full = name == "stage 2, full"
@@ -212,7 +212,7 @@ def rows_of_one(case: Case, *, compiled: bool) -> Iterator[Row]:
                 peer = str(error).splitlines()[0]
             _clear(case.device)
 
-        label = f"{name}, {found.recomputed_blocks} of {case.config.num_layers} blocks recomputed"
+        label = f"{name}, {found.recomputed_blocks} of {case.config.num_layers} blocks recompute {settings.recompute}"
         for metric, unit, bar, value in (
             ("time of a step", "s", SECONDS_BAR, _seconds),
             ("model-FLOP utilisation", "of 989 TFLOP/s", UTILISATION_BAR, partial(_utilisation, flops)),
@@ -240,12 +240,12 @@ def _gibibytes(measured: Measurement) -> float:
     return measured.peak
 
 
-def rows_of_many(case: Case, gpus: int, *, compiled: bool) -> Iterator[Row]:
+def rows_of_many(case: Case, gpus: int) -> Iterator[Row]:
     """Measure the full fine-tune on one GPU, then sharded over `gpus`, with a batch of 1 a GPU."""
-    alone = measure_ours(case, stages(1)["stage 2, full"], compiled=compiled)
+    alone = measure_ours(case, stages(1)["stage 2, full"])
     _clear(case.device)
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_one_of_many, (case, gpus, compiled, folder), nprocs=gpus)
+        spawn(_one_of_many, (case, gpus, folder), nprocs=gpus)
         together = Measurement(**json.loads((Path(folder) / "measurement.json").read_text()))
     name = f"stage 2, full, FSDP2 on {gpus} GPUs"
     for metric, unit, one, many in (
@@ -258,12 +258,12 @@ def rows_of_many(case: Case, gpus: int, *, compiled: bool) -> Iterator[Row]:
     yield Row(name=name, metric="examples a second over one GPU's", value=scaling, unit="x", floor=SCALING_BAR)
 
 
-def _one_of_many(rank: int, case: Case, gpus: int, compiled: bool, folder: str) -> None:
+def _one_of_many(rank: int, case: Case, gpus: int, folder: str) -> None:
     if case.device == "cuda":
         torch.cuda.set_device(rank)
     backend = "nccl" if case.device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=gpus)
-    found = measure_ours(case, stages(gpus)["stage 2, full"], compiled=compiled)
+    found = measure_ours(case, stages(gpus)["stage 2, full"])
     if rank == 0:
         (Path(folder) / "measurement.json").write_text(json.dumps(asdict(found)))
     dist.destroy_process_group()
@@ -411,13 +411,8 @@ def main() -> None:
     parser.add_argument("--commit", required=True, help="the commit measured; the GPU machine may have no history")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results file")
     parser.add_argument("--gpus", type=int, default=1, help="with more than 1: FSDP2 over so many, beside one")
-    parser.add_argument("--compiled", action="store_true", help="torch.compile makes each of our blocks")
     options = parser.parse_args()
-    measured = (
-        rows_of_one(FULL_SIZE, compiled=options.compiled)
-        if options.gpus == 1
-        else rows_of_many(FULL_SIZE, options.gpus, compiled=options.compiled)
-    )
+    measured = rows_of_one(FULL_SIZE) if options.gpus == 1 else rows_of_many(FULL_SIZE, options.gpus)
     rows = []
     for row in measured:
         print(f"{row.name}: {row.metric} {row.value:.3f} {row.unit}", flush=True)

@@ -72,7 +72,6 @@ class Trainer:
         null: NullCondition,
         settings: StageSettings,
         *,
-        compiled: bool = False,
         graphed: bool = False,
     ) -> None:
         self.model = model
@@ -82,7 +81,7 @@ class Trainer:
         freeze_all_but(model, settings.groups)
         if settings.adapter:
             add_adapter(model, settings.adapter, settings.seed)
-        prepare(model, settings, compiled=compiled)
+        prepare(model, settings)
         self.optimizer = MasterAdamW(model.named_parameters(), settings)
         self._backward: Callable[..., torch.Tensor] | None = None if graphed else self._launched
         self._number_names: tuple[str, ...] = ()
@@ -127,7 +126,6 @@ def train(
     null: NullCondition,
     settings: StageSettings,
     *,
-    compiled: bool = False,
     graphed: bool = False,
     checkpoints: Checkpoints | None = None,
     record: Record | None = None,
@@ -138,7 +136,7 @@ def train(
     The model is left with the averaged weights, where the settings ask for an average.
 
     The model lies on the device, in bfloat16 or float32, and so do `schedule`, `null` and the source's batches. Every
-    process of torch.distributed's default group calls this. With `compiled`, torch.compile makes each block.
+    process of torch.distributed's default group calls this.
 
     `record` gets every step's numbers, some steps late, and the scores. `validate` renders and scores the model after
     so many steps, lent the averaged weights. Both are called by the first process only. Progress goes to stderr.
@@ -147,7 +145,7 @@ def train(
     Raises TrainingError when three steps in a row give no finite loss or gradient, or when memory runs out;
     StorageError when a checkpoint cannot be written.
     """
-    trainer = Trainer(model, schedule, null, settings, compiled=compiled, graphed=graphed)
+    trainer = Trainer(model, schedule, null, settings, graphed=graphed)
     progress = checkpoints.restore(trainer.optimizer) if checkpoints else Progress()
     trainer.steps = progress.steps
     reader = _Reader(settings, progress, record)

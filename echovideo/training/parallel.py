@@ -1,4 +1,4 @@
-"""One step on many devices, and in less memory: FSDP2 over all processes, and blocks that are computed again."""
+"""One step on many devices, and in less memory: FSDP2 over all processes, and blocks that compute parts again."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def process() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def prepare(model: EchoVideoTransformer3DModel, settings: StageSettings, *, compiled: bool) -> None:
-    """Set up the model's blocks to be recomputed and compiled, and shard its parameters over all processes.
+def prepare(model: EchoVideoTransformer3DModel, settings: StageSettings) -> None:
+    """Set up the model's blocks to be recomputed, and shard its parameters over all processes.
 
     Every process holds the same weights before; after, a share of each. Gradients are summed in float32.
     Raises TrainingError for more recomputed blocks than there are.
@@ -30,10 +30,7 @@ def prepare(model: EchoVideoTransformer3DModel, settings: StageSettings, *, comp
         raise TrainingError(
             f"recomputed_blocks is {settings.recomputed_blocks}, and the model has {len(blocks)}", code="settings"
         )
-    model.recomputed_blocks = settings.recomputed_blocks
-    if compiled:
-        for block in blocks:
-            block.compile()
+    model.recomputed_blocks, model.recompute = settings.recomputed_blocks, settings.recompute
     if process()[1] > 1:
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in blocks:

@@ -13,13 +13,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self, get_args
 
 from echovideo.errors import TrainingError
+from echovideo.model.config import Recompute
 
 Group = Literal["fusion", "attention", "feed_forward", "norms", "patch_embed", "output"]
 GROUPS: tuple[Group, ...] = get_args(Group)
 BACKBONE: tuple[Group, ...] = tuple(group for group in GROUPS if group != "fusion")
 ADAPTED_GROUPS: tuple[Group, ...] = ("attention", "feed_forward")
 
-_FREE = frozenset({"recomputed_blocks", "record_every", "checkpoint_every", "keep_checkpoints", "validate_every"})
+_FREE = frozenset(
+    {"recomputed_blocks", "recompute", "record_every", "checkpoint_every", "keep_checkpoints", "validate_every"}
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,8 +60,10 @@ class StageSettings:
     weighs 1 + `face_mask_weight` before weights are divided by their mean.
 
     `batch_size` counts the examples of all devices; `clip_norm` bounds the gradient's norm. The first
-    `recomputed_blocks` blocks keep nothing for the backward pass. `record_every` is the number of steps after which the
-    loss is read from the device, `keep_checkpoints` the number of last checkpoints kept beside the best.
+    `recomputed_blocks` blocks compute again in the backward pass what `recompute` names, which changes memory and time
+    alone: norms, rotary embedding and GELU ("elementwise"), or linear layers too ("products"). `record_every` is the
+    number of steps after which the loss is read from the device, `keep_checkpoints` the number of last checkpoints kept
+    beside the best.
     """
 
     name: str
@@ -82,6 +87,7 @@ class StageSettings:
     average: AverageSettings | None = None
     seed: int = 0
     recomputed_blocks: int = 0
+    recompute: Recompute = "products"
     record_every: int = 10
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
@@ -107,6 +113,7 @@ class StageSettings:
             "weight_decay": 0 <= self.weight_decay < math.inf,
             "clip_norm": self.clip_norm > 0,
             "recomputed_blocks": self.recomputed_blocks >= 0,
+            "recompute": self.recompute in get_args(Recompute),
             "record_every": self.record_every >= 1,
             "checkpoint_every": self.checkpoint_every >= 1,
             "keep_checkpoints": self.keep_checkpoints >= 1,

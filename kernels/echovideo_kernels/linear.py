@@ -17,8 +17,8 @@ _MIN_SCALE = 1e-30  # Keeps a row of zeros from a division by zero.
 def linear_gelu(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor) -> torch.Tensor:
     """Return GELU(x W^T + b), tanh form, as (..., O) for x (..., I), all of one dtype.
 
-    On CUDA, cuBLASLt applies bias and GELU in the product's epilogue, and the backward pass computes the product
-    again rather than keep it. Raises ValueError for shapes or dtypes that do not fit.
+    For inference: on CUDA, cuBLASLt applies bias and GELU in the product's epilogue, and what the derivative needs is
+    never in memory. Raises ValueError for shapes or dtypes that do not fit.
     """
     if weight_OI.ndim != 2 or x.shape[-1:] != weight_OI.shape[1:] or bias_O.shape != weight_OI.shape[:1]:
         raise ValueError(
@@ -148,25 +148,6 @@ def _linear_gelu(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor)
 @_linear_gelu.register_fake
 def _(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], len(bias_O)))
-
-
-def _setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    x, weight_OI, bias_O = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-    grad = torch.ops.aten.gelu_backward(grad, F.linear(x, weight_OI, bias_O), approximate="tanh")
-    rows = grad.reshape(-1, grad.shape[-1])
-    return (
-        grad @ weight_OI if needs_x else None,
-        rows.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None,
-        rows.sum(dim=0) if needs_bias else None,
-    )
-
-
-_linear_gelu.register_autograd(_backward, setup_context=_setup_context)
 
 
 @torch.library.custom_op("echovideo::quantize_rows", mutates_args=())

@@ -158,7 +158,6 @@ def _train(run: TrainingRun, folder: Path) -> None:
             made.source,
             made.null,
             run.settings,
-            compiled=device.type == "cuda",
             checkpoints=Checkpoints(folder / "checkpoints", run.settings, run.base_digest),
             record=journal,
             validate=run.validate,

@@ -3,7 +3,6 @@
 import importlib
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 
 from echovideo_kernels import gelu_float8, linear_float8, linear_gelu, quantize_rows
 from echovideo_kernels.linear import linear_float8_reference, linear_gelu_reference
-from tests.kernels.comparing import errors_from_float64, float8_error, random, relative_error, traced_operators
+from tests.kernels.comparing import float8_error, random, relative_error, traced_operators
 from tests.kernels.compiling import compile_for_hopper, launched
 
 module = importlib.import_module("echovideo_kernels.linear")
@@ -34,25 +33,8 @@ def test_linear_gelu_on_the_cpu_is_the_tanh_form() -> None:
     assert relative_error(linear_gelu_reference(x, weight, bias), expected) < 1e-14
 
 
-def test_linear_gelu_float64_passes_gradcheck() -> None:
-    tensors = [tensor.double().requires_grad_() for tensor in inputs(2, 3, width=4, outputs=5)]
-    assert torch.autograd.gradcheck(linear_gelu, tensors)
-    assert torch.autograd.gradcheck(linear_gelu_reference, tensors)
-
-
-def test_linear_gelu_frozen_weight_has_no_gradient() -> None:
-    x, weight, bias = inputs(2, 3, width=4, outputs=5)
-    bias.requires_grad_()
-    linear_gelu(x, weight, bias).sum().backward()
-    linear_gelu_reference(x, weight, twin := bias.detach().clone().requires_grad_()).sum().backward()
-    assert weight.grad is None
-    assert x.grad is None
-    assert relative_error(bias.grad, twin.grad) < 1e-6
-
-
 def test_linear_gelu_operator_keeps_the_rules_of_operators() -> None:
-    tensors = [tensor.requires_grad_() for tensor in inputs(2, 3, width=4, outputs=5)]
-    torch.library.opcheck(module._linear_gelu, tuple(tensors))
+    torch.library.opcheck(module._linear_gelu, tuple(inputs(2, 3, width=4, outputs=5)))
 
 
 @pytest.mark.parametrize(
@@ -148,13 +130,9 @@ def test_linear_gelu_on_gpu_errs_at_most_half_more_than_pytorch(
     rows: tuple[int, ...], width: int, outputs: int, dtype: torch.dtype
 ) -> None:
     tensors = inputs(*rows, width=width, outputs=outputs, dtype=dtype, device="cuda")
-    grads = [random(*rows, outputs, dtype=dtype, device="cuda", seed=3)]
-
-    def errors(function: Any) -> list[float]:
-        return errors_from_float64(lambda *x: (function(*x),), lambda *x: (linear_gelu_reference(*x),), tensors, grads)
-
-    ours, theirs = errors(linear_gelu), errors(linear_gelu_reference)
-    assert all(a <= 1.5 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+    exact = linear_gelu_reference(*(tensor.double() for tensor in tensors))
+    ours, theirs = (relative_error(function(*tensors), exact) for function in (linear_gelu, linear_gelu_reference))
+    assert ours <= 1.5 * theirs
 
 
 @pytest.mark.gpu
@@ -166,15 +144,9 @@ def test_linear_gelu_on_gpu_is_the_tanh_form_and_not_erf() -> None:
 
 
 @pytest.mark.gpu
-def test_linear_gelu_on_gpu_compiled_whole_matches_eager_with_gradients() -> None:
+def test_linear_gelu_on_gpu_compiled_whole_matches_eager() -> None:
     tensors = inputs(2, 131, width=256, outputs=512, dtype=torch.bfloat16, device="cuda")
-    leaves = [tensor.requires_grad_() for tensor in tensors]
-    compiled = torch.compile(linear_gelu, fullgraph=True)(*leaves)
-    eager = linear_gelu(*leaves)
-    assert torch.equal(compiled, eager)
-    ours = torch.autograd.grad(compiled.float().square().sum(), leaves)
-    theirs = torch.autograd.grad(eager.float().square().sum(), leaves)
-    assert all(relative_error(a, b) < 8e-3 for a, b in zip(ours, theirs, strict=True))
+    assert torch.equal(torch.compile(linear_gelu, fullgraph=True)(*tensors), linear_gelu(*tensors))
 
 
 @pytest.mark.gpu

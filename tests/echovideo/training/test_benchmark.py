@@ -31,7 +31,7 @@ SMALL = Case(config=CONFIG, frames=2, height=4, width=6, device="cpu", dtype=tor
 
 
 def test_rows_of_one_have_every_stage_and_diffusers_beside_the_full_one(tmp_path: Path) -> None:
-    rows = list(rows_of_one(SMALL, compiled=False))
+    rows = list(rows_of_one(SMALL))
     path = write_results(rows, "step", tmp_path, "a CPU", "0123")
     found = json.loads(path.read_text())
     assert (found["benchmark"], found["commit"], found["machine"]) == ("step", "0123", "a CPU")
@@ -46,7 +46,7 @@ def test_rows_of_one_have_every_stage_and_diffusers_beside_the_full_one(tmp_path
 
 
 def test_rows_of_two_processes_give_the_scaling() -> None:
-    seconds, _, _, scaling = rows_of_many(SMALL, 2, compiled=False)
+    seconds, _, _, scaling = rows_of_many(SMALL, 2)
     assert scaling.value == pytest.approx(2 * float(seconds.against["one GPU"]) / seconds.value)
     assert scaling.floor == 1.9
 
@@ -66,9 +66,7 @@ def test_step_flops_are_those_that_torch_counts() -> None:
                 (torch.empty(num_video, 64), torch.empty(num_video, 64)),
             )
     ours = step_flops(case, backbone_trained=True) / 3
-    hidden = 2 * (num_video + num_text) * 4 * config.inner_dim**2 * config.num_layers
-    # The counter does not see into the operator of the first feed-forward layer.
-    assert counter.get_total_flops() + hidden == pytest.approx(ours, rel=0.02)
+    assert counter.get_total_flops() == pytest.approx(ours, rel=0.02)
 
 
 def test_step_flops_of_the_published_size() -> None:
@@ -92,6 +90,6 @@ def test_measure_that_does_not_fit_recomputes_more_until_it_does(monkeypatch: py
         return take(trainer, batch)
 
     monkeypatch.setattr(Trainer, "take", take_if_it_fits)
-    found = measure_ours(replace(SMALL, config=config), stages(1)["stage 2, full"], compiled=False)
+    found = measure_ours(replace(SMALL, config=config), stages(1)["stage 2, full"])
     assert list(dict.fromkeys(tried)) == [0, 2, 4]
     assert found.recomputed_blocks == 4
