@@ -77,7 +77,6 @@ def test_engine_gpu_asked_for_and_absent_is_refused(tiny_folder: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 def test_engine_on_gpu_renders_the_same_bytes_twice(tiny_folder: Path, condition: Condition) -> None:
     engine = Engine.open(tiny_folder, EngineSettings(device="cuda"))
     first, second = (render(engine, condition, 1).frames_FHWC for _ in range(2))
@@ -85,7 +84,6 @@ def test_engine_on_gpu_renders_the_same_bytes_twice(tiny_folder: Path, condition
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 def test_pipeline_on_gpu_is_near_the_cpu_in_float32_and_finite_in_bfloat16(
     tiny_folder: Path, astronaut_png: bytes
 ) -> None:

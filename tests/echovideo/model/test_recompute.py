@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from echovideo.model.config import Recompute
+from echovideo.model.config import Recompute, TransformerConfig
 from echovideo.model.rotary import rotary_tables
 from echovideo.model.transformer import EchoVideoTransformer3DModel
 from echovideo.training.adapters import add_adapter
 from echovideo.training.settings import AdapterSettings
 from tests.echovideo.training.small import CONFIG
+from tests.kernels.comparing import relative_error
 
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 WIDE = replace(CONFIG, num_attention_heads=8, attention_head_dim=32, time_embed_dim=256, num_layers=2)
@@ -34,19 +35,19 @@ class _Calls(TorchDispatchMode):
 
 
 def _gradients(
-    recompute: Recompute | None, adapter: AdapterSettings | None = None
+    recompute: Recompute | None, adapter: AdapterSettings | None = None, config: TransformerConfig = WIDE, side: int = 8
 ) -> tuple[dict[str, torch.Tensor], Counter[str]]:
     """Return the gradients of a forward pass, and how often each operator ran in both passes."""
     torch.manual_seed(0)
-    model = EchoVideoTransformer3DModel(WIDE)
+    model = EchoVideoTransformer3DModel(config)
     if adapter:
         add_adapter(model, adapter, 0)
     if recompute:
         model.recomputed_blocks, model.recompute = 2, recompute
-    latents, text = torch.randn(1, 3, 32, 8, 8), torch.randn(1, 6, WIDE.text_embed_dim, requires_grad=True)
-    tables = rotary_tables(3, 4, 4, 32)
+    latents, text = torch.randn(1, 3, 32, side, side), torch.randn(1, 6, config.text_embed_dim, requires_grad=True)
+    tables = rotary_tables(3, side // 2, side // 2, config.attention_head_dim, latents.device)
     with _Calls() as calls:
-        model.denoise(latents, text, torch.tensor([500]), tables).square().sum().backward()
+        model.denoise(latents, text, torch.tensor([500]), tables).square().mean().backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, calls.counts
 
 
@@ -76,3 +77,19 @@ def test_products_over_few_features_are_run_again() -> None:
     (_, kept), (_, elementwise) = _gradients(None, adapter), _gradients("elementwise", adapter)
     # The adapter's second product in each of four layers of two blocks.
     assert elementwise["aten::mm"] == kept["aten::mm"] + 2 * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", ["elementwise", "products"])
+def test_recomputed_blocks_on_gpu_keep_what_the_attention_kernel_gave(recompute: Recompute) -> None:
+    config = replace(WIDE, num_attention_heads=4, attention_head_dim=64)
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            (expected, _), (found, counts) = (_gradients(which, None, config, 80) for which in (None, recompute))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert counts["echovideo::attention"] == 2
+    for name, gradient in expected.items():
+        # cuDNN's backward adds up in an order of its own.
+        assert relative_error(found[name], gradient) < 2e-2, name

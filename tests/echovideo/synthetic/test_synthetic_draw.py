@@ -122,7 +122,6 @@ def test_features_keep_their_contrast_on_the_darkest_skin() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 def test_compiled_drawing_on_the_gpu_equals_the_cpus() -> None:
     drawing = draw(people([0, 1]), sample_conditions([10, 11]), frames=5)
     compiled = draw(people([0, 1]), sample_conditions([10, 11]), frames=5, device="cuda", compiled=True)

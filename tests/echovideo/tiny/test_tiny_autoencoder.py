@@ -62,7 +62,6 @@ def test_autoencoder_gradients_are_of_clips_and_faces_together() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 def test_graphed_gradients_are_those_of_the_function() -> None:
     torch.manual_seed(0)
     vae = fresh_vae().cuda().bfloat16()

@@ -140,7 +140,6 @@ def test_null_condition_moves_as_a_whole() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 def test_train_as_a_graph_gives_the_losses_of_launches_one_by_one() -> None:
     class OnDevice(SmallSource):
         def batch(self, step: int, rank: int, world_size: int) -> TrainingBatch:
