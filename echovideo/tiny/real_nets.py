@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from echovideo.engine import to_uint8
+from echovideo.errors import PhotoRefusedError
 from echovideo.evaluation.acceptance import accepted, clip_embeddings, threshold
 from echovideo.evaluation.cases import Case, draw_gallery, draw_truths, drawn_cases
 from echovideo.evaluation.statistics import Numbers
@@ -61,15 +62,24 @@ def rendered(pipeline: EchoVideoPipeline, photo: bytes, prompt: str, seed: int) 
 
 
 def measure_people(pipeline: EchoVideoPipeline, cases: Sequence[Case]) -> list[Row]:
-    """Return how many of the cases' people the recogniser accepts, and how their skin's lightness follows the truth."""
+    """Return how many of the cases' people the recogniser accepts, and how their skin's lightness follows the truth.
+
+    People whose photo is refused are counted, and left out of all else.
+    """
     detector, recogniser = MtcnnDetector(), load_recogniser()
-    truths = draw_truths(cases)
-    made, ceiling = [], []
-    for number, (case, truth) in enumerate(zip(cases, truths, strict=True)):
-        made.append(rendered(pipeline, _drawn_photo(case), case.prompt, case.person))
+    taken, made, ceiling = [], [], []
+    all_truths = draw_truths(cases)
+    for number, (case, truth) in enumerate(zip(cases, all_truths, strict=True)):
+        try:
+            made.append(rendered(pipeline, _drawn_photo(case), case.prompt, case.person))
+        except PhotoRefusedError as error:
+            print(f"real nets: the photo of person {case.person} is refused: {error}", file=sys.stderr, flush=True)
+            continue
+        taken.append(number)
         video = truth.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
         ceiling.append(((reconstruct(pipeline.vae, video)[0] + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy())
         print(f"real nets: {number + 1} of {len(cases)} people", file=sys.stderr, flush=True)
+    refused, cases, truths = len(cases) - len(taken), [cases[number] for number in taken], all_truths[taken]
     clips = {"rendered": np.stack(made), "ceiling": np.stack(ceiling)}
 
     def seen(pictures: NDArray[np.uint8], moments: Sequence[int] = _MOMENTS) -> Numbers:
@@ -83,6 +93,7 @@ def measure_people(pipeline: EchoVideoPipeline, cases: Sequence[Case]) -> list[R
     tones = {name: clip_lightness(shown, detector, _MOMENTS) for name, shown in clips.items()}
     rows = [
         Row(name="people", metric="number", value=float(len(cases)), unit="people"),
+        Row(name="people", metric="photos refused", value=float(refused), unit="people"),
         Row(name="people", metric="likeness at 1 % false accepts", value=least, unit="cosine"),
         *(Row(name=name, metric="accepted", value=float(share), unit="share") for name, share in shares.items()),
         Row(
