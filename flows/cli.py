@@ -227,7 +227,7 @@ def identity(
 def train(
     manifest: Annotated[str, typer.Argument(help="Clip manifest, Parquet or CSV: a path or s3:// address.")],
     output: Output,
-    name: Annotated[str, typer.Option(help="Name that a manifest's identity_lora asks for.")],
+    name: Annotated[str, typer.Option(help="Name that identity_lora asks for.")],
     consent: Annotated[str, typer.Option(help="Your record of the person's consent; every clip must carry it.")],
     model: Model = "tiny",
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,

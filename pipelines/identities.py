@@ -1,4 +1,4 @@
-"""Registered identities: adapters that learned one person, each under a name that a manifest row can ask for.
+"""Registered identities: adapters that learned one person, each under a name that a request can ask for.
 
     <output root>/identities/<name>/card.json                        IdentityCard; written last, and only if absent
     <output root>/identities/<name>/adapter-<sha256[:16]>.safetensors
@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echovideo.errors import RequestError, StorageError
+from echovideo.errors import RequestError, RunError, StorageError
 from echovideo.request import RenderRequest, check_identity_name
 from pipelines.storage import NotFoundError, StoragePath
 
@@ -79,13 +79,23 @@ class Identities:
         return standing
 
     def load(self, card: IdentityCard) -> Adapter:
-        """Return a card's adapter; raises StorageError `damaged` for other bytes than the card's, WeightsError."""
+        """Return a card's adapter.
+
+        Raises StorageError `damaged` for other bytes than the card's, RunError `identity_changed` where the identity
+        was deleted, or learnt anew, since the card was read, WeightsError.
+        """
         from echovideo.training.adapters import Adapter
 
         place = self.folder / card.name / card.file
         with tempfile.TemporaryDirectory(prefix="echovideo-") as folder:
             local = Path(folder) / card.file
-            place.download_file(local)
+            try:
+                place.download_file(local)
+            except NotFoundError:
+                raise RunError(
+                    f"the identity {card.name!r} was deleted or learnt anew since it was asked for; ask again",
+                    code="identity_changed",
+                ) from None
             found = file_sha256(local)
             if found != card.sha256:
                 raise StorageError(
@@ -94,27 +104,28 @@ class Identities:
                 )
             return Adapter.load(local)
 
-    def check(self, request: RenderRequest, model_digest: str) -> None:
-        """Raise RequestError unless the request may be rendered with the identity that it names, if it names one.
+    def check(self, request: RenderRequest, model_digest: str) -> IdentityCard | None:
+        """Return the card of the identity that a request names, None if it names none.
 
-        `model_digest` "" stands for a model that is not known yet. Codes: `unknown_identity`, `identity_consent`,
-        `identity_base`.
+        Raises RequestError unless the request may be rendered with it: `unknown_identity`, `identity_consent`,
+        `identity_base`. `model_digest` "" stands for a model that is not known yet.
         """
         if request.identity_lora is None:
-            return
+            return None
         card = self.find(request.identity_lora)
         if request.consent_id != card.consent_id:
             raise RequestError(
-                f"identity_lora {card.name!r} may be used under the consent it was registered with only, and the row's "
+                f"identity_lora {card.name!r} may be used under the consent it was registered with only, and "
                 f"consent_id is {request.consent_id!r}; give that consent's, or leave identity_lora out",
                 code="identity_consent",
             )
         if model_digest and card.base_digest != model_digest:
             raise RequestError(
-                f"identity_lora {card.name!r} was trained on {card.model} ({card.base_digest[:16]}), and this run's "
-                f"model is another ({model_digest[:16]}); render with that model, or train the identity on this one",
+                f"identity_lora {card.name!r} was trained on {card.model} ({card.base_digest[:16]}), and the model "
+                f"here is another ({model_digest[:16]}); render with that model, or train the identity on this one",
                 code="identity_base",
             )
+        return card
 
     def named(self, requests: Iterable[RenderRequest]) -> dict[str, IdentityCard]:
         """Return the cards that requests ask for, by name."""
@@ -133,10 +144,10 @@ class Identities:
         try:
             record = (self.folder / name / _CARD).read_json()
         except NotFoundError:
+            # Where the output lies is not said: over HTTP, that is not a tenant's to know.
             there = ", ".join(self.names()) or "none"
             raise RequestError(
-                f"no identity {name!r} is registered in {self.folder.parent}; there are: {there}",
-                code="unknown_identity",
+                f"no identity {name!r} is registered here; there are: {there}", code="unknown_identity"
             ) from None
         if record.get("schema") != SCHEMA:
             raise StorageError(

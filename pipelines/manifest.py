@@ -190,7 +190,7 @@ def read_manifest(
     tiers_available: Collection[str],
     *,
     require_consent: bool,
-    check: Callable[[RenderRequest], None] = lambda request: None,
+    check: Callable[[RenderRequest], object] = lambda request: None,
 ) -> Manifest:
     """Read and check a manifest; every bad row is refused by itself, with its reason.
 

@@ -23,7 +23,8 @@ What a client must know; the served /openapi.json has every field.
 Who calls: `Authorization: Bearer ev_...`, or a browser's cookie. `POST /v1/sign-in-links` makes a link, good once for
 15 minutes; `GET /sign-in?token=` shows one button, whose POST sets the cookie (HttpOnly, SameSite=Strict, 12 hours) and
 goes to `/`. `GET /v1/session` returns csrf_token, which a browser's POST and DELETE carry in X-CSRF-Token. Scopes: read
-to see, render to make, check and delete, admin for what is marked. Another tenant's ids are answered like unknown ones.
+to see, render to make, check and delete, admin for what is marked. Another tenant's ids are answered like unknown ones,
+and so are the identities that it registered: `identity_lora` names those in the tenant's own output.
 
 Errors are application/problem+json: status, detail, and the batch path's `code`. 401, 403, 429 and 503 say
 Retry-After. The same Idempotency-Key with the same body is the same video; with another body it is refused with 422.

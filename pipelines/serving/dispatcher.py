@@ -156,6 +156,8 @@ class Dispatcher:
             await other.ended.wait()
         try:
             entry = Entry(await asyncio.to_thread(home.store.accept, record, photo))
+        except RequestError as error:
+            return self._refuse(422, error.code, error.message)
         except StorageError as error:
             _log.error("the store failed: %s", error)
             return self._refuse(503, error.code, "the store cannot be reached; try again", 5)
@@ -389,8 +391,12 @@ class Dispatcher:
         """Have a job rendered; if its renderer is lost, it goes back to its place in the queue."""
         tenant, run_id, row_id = job.name
         home, batch = self._tenant(tenant), self.batches.live.get((tenant, run_id))
-        run = home.store.run if batch is None else batch.run
         entry = home.entries.get(row_id) if run_id == ON_DEMAND else None
+        if batch is not None:
+            run = batch.run
+        else:
+            # What is deleted before this begins is told to stop at its first step, and purged when it has.
+            run = home.store.run_of(home.removing[row_id] if entry is None else entry.record)
         try:
             epoch = await self._epoch_of(home) if batch is None else batch.epoch
             job = Job(tenant=tenant, run_id=run_id, epoch=epoch.number, request=job.request)
@@ -483,6 +489,7 @@ class Dispatcher:
             face_nets=nets,
             model_digest=self.config.model_digest,
             settings=self.config.engine,
+            adapter_sha256=record.identity.sha256 if record.identity else None,
         )
 
     async def _sweep_for_ever(self) -> None:
@@ -634,6 +641,7 @@ class Dispatcher:
             "guidance_schedule": request.guidance_schedule,
             "negative_prompt": request.negative_prompt,
             "consent_id": request.consent_id,
+            "identity_lora": request.identity_lora,
             "face_similarity": outcome.face_similarity if isinstance(outcome, Ok) else None,
             "has_content": isinstance(outcome, Ok | Rejected) and outcome.video is not None,
         }

@@ -5,6 +5,7 @@ Layout under the store:
     access/                                        keys, sign-in links and sessions (pipelines/serving/access.py)
     runs/service/epochs/                           the dispatcher's turns: one works, another stands by
     tenants/<tenant>/                              an output root as the ledger lays it out: videos/ and runs/
+    tenants/<tenant>/identities/<name>/            a person that the tenant learnt (pipelines/identities.py)
     tenants/<tenant>/inputs/                       where a tenant may put manifests and photos
     tenants/<tenant>/runs/on-demand/requests/<id>.json   a single request, written if absent before it is accepted
     tenants/<tenant>/runs/on-demand/uploads/<sha256>.jpg its photo, a JPEG of pixels alone
@@ -22,14 +23,15 @@ import hashlib
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from echovideo.errors import RequestError
 from echovideo.request import RenderRequest
 from echovideo.settings import deciding_values
+from pipelines.identities import Identities, IdentityCard
 from pipelines.ledger import Ledger
-from pipelines.serving.config import ServiceConfig
+from pipelines.serving.config import OnDemandRun, ServiceConfig
 from pipelines.storage import StoragePath, encode_json
 
 RECORD_VERSION = 1
@@ -42,7 +44,8 @@ _TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 class VideoRecord:
     """One accepted request. `created_at` is seconds since 1970, `key_id` who asked, `nonce` this acceptance's alone.
 
-    `request.row_id` is the video's id; its photo is the upload of digest `photo_sha256`.
+    `request.row_id` is the video's id; its photo is the upload of digest `photo_sha256`. `identity` is the card that
+    its `identity_lora` named when it was accepted.
     """
 
     tenant: str
@@ -52,6 +55,7 @@ class VideoRecord:
     photo_sha256: str
     nonce: str
     remixed_from: str | None = None
+    identity: IdentityCard | None = None
 
     @property
     def video_id(self) -> str:
@@ -65,6 +69,7 @@ class VideoRecord:
             "photo": self.photo_sha256,
             "request": deciding_values(self.request),
             "consent_id": self.request.consent_id,
+            "identity_lora": self.request.identity_lora,
             "tags": dict(self.request.tags),
             "remixed_from": self.remixed_from,
         }
@@ -87,6 +92,8 @@ class VideoRecord:
     def from_record(cls, record: Mapping[str, Any]) -> Self:
         """Return the record of a `to_record` dict that may have been through JSON."""
         values = {name: value for name, value in record.items() if name != "version"}
+        if values.get("identity") is not None:
+            values["identity"] = IdentityCard(**values["identity"])
         return cls(**{**values, "request": RenderRequest(**values["request"])})
 
 
@@ -132,12 +139,19 @@ class TenantStore:
         """Where a stage keeps one of a request's small pictures, a kind of `Ledger.pictures`."""
         return self.ledger.folder / kind / f"{video_id}.jpg"
 
+    def run_of(self, record: VideoRecord) -> OnDemandRun:
+        """Return the run as it renders one request: with the identity that it names."""
+        card = record.identity
+        return replace(self.run, identities={card.name: card} if card else {})
+
     def accept(self, record: VideoRecord, photo: bytes | None) -> VideoRecord:
-        """Write a request, its photo first, and return the record that stands under its id.
+        """Write a request with the identity that it names, its photo first, and return the record that stands.
 
         `photo` is None where the upload is there already. Raises RequestError `idempotency_mismatch` when the id, made
-        of an Idempotency-Key, stands for another request.
+        of an Idempotency-Key, stands for another request, and what `Identities.check` raises.
         """
+        identity = Identities(self.run.output_path).check(record.request, self.run.model_digest)
+        record = replace(record, identity=identity)
         if photo is not None:
             self.upload_path(record.photo_sha256).write_if_absent(photo)
         path = self.request_path(record.video_id)

@@ -51,6 +51,10 @@ class VideoSettings(_Asked):
     tier: Tier = "exact"
     negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)] = ""
     consent_id: Annotated[str | None, Field(max_length=256, description="Your record of the person's consent.")] = None
+    identity_lora: Annotated[
+        str | None,
+        Field(description="Name of a registered identity to render with; it asks for its own consent_id."),
+    ] = None
     face_similarity: Annotated[
         float | None, Field(description="Render with further seeds until the video looks this much like the photo.")
     ] = None
@@ -135,6 +139,7 @@ class Video(BaseModel):
     guidance_schedule: GuidanceSchedule
     negative_prompt: str
     consent_id: str | None
+    identity_lora: str | None
     face_similarity: float | None
     has_content: Annotated[bool, Field(description="Whether there is a video to download.")]
 

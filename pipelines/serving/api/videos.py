@@ -362,6 +362,7 @@ def _render_request(asked: VideoCreate) -> RenderRequest:
             "guidance_schedule",
             "tier",
             "consent_id",
+            "identity_lora",
             "face_similarity",
             "tries",
             "tags",

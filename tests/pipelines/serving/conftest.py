@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,11 @@ from typing import Any
 import httpx
 import pytest
 import ray
+import torch
 from ray import serve
 
+from echovideo.training.adapters import Adapter, AdapterCard
+from pipelines.identities import Identities, IdentityCard, file_sha256
 from pipelines.serving.access import Access
 from pipelines.serving.app import PROXY_ENVIRONMENT, bind
 from pipelines.serving.config import ServiceConfig
@@ -62,6 +65,31 @@ class Running:
     def client_of(self, tenant: str, *scopes: str, **limits: int) -> httpx.Client:
         _, text = Access(self.config.store_path).create_key(tenant, scopes or ("read", "render", "admin"), **limits)
         return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {text}"}, timeout=60)
+
+    def learn(self, name: str, tensors: Mapping[str, torch.Tensor], tenant: str = "studio") -> IdentityCard:
+        """Register an identity with a tenant, as training into its output does; its consent is "consent-NAME"."""
+        base_digest, consent_id = self.config.model_digest, f"consent-{name}"
+        adapter_card = AdapterCard(
+            rank=1,
+            groups=("fusion",),
+            adapted_groups=(),
+            base_digest=base_digest,
+            licence=self.config.card.licence,
+            consent_id=consent_id,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "adapter.safetensors"
+            Adapter(card=adapter_card, tensors=tensors).save(path)
+            card = IdentityCard(
+                name=name,
+                file="adapter.safetensors",
+                sha256=file_sha256(path),
+                model=self.config.card.name,
+                base_digest=base_digest,
+                licence=self.config.card.licence,
+                consent_id=consent_id,
+            )
+            return Identities(self.config.tenant_root(tenant)).register(card, path)
 
     def create(self, photo: bytes, client: httpx.Client | None = None, **fields: Any) -> dict[str, Any]:
         """Ask for a video and return its document."""

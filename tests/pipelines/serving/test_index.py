@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
+from dataclasses import replace
 
 import pytest
 
 from echovideo.request import RenderRequest
+from pipelines.identities import IdentityCard
 from pipelines.serving.index import BATCH, INTERACTIVE, Entries, Entry, Estimates, Queue
 from pipelines.serving.records import Job, VideoRecord
 
@@ -27,7 +30,11 @@ def job(name: str) -> Job:
 
 def test_record_after_json_is_the_same() -> None:
     record = entry("a", 1.5).record
-    assert VideoRecord.from_record(record.to_record()) == record
+    card = IdentityCard(
+        name="n", file="f", sha256="0", model="m", base_digest="1", licence="l", consent_id="c", made={"run": "2"}
+    )
+    for each in (record, replace(record, identity=card)):
+        assert VideoRecord.from_record(json.loads(json.dumps(each.to_record()))) == each
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import openai
 import pytest
+import torch
 from PIL import Image
 from playwright.sync_api import Browser, expect
 from ray import serve
@@ -142,6 +143,23 @@ def test_openai_client_gets_a_video_of_the_tiny_model_with_previews_on_the_way(
     assert 'echovideo_outcomes_total{outcome="ok"} 1.0' in text
     for measure in ("queue_wait_seconds_count", "steps_per_second", 'memory_bytes{kind="host"}', 'stage="denoise"'):
         assert measure in text
+
+
+def test_video_of_a_registered_identity_is_rendered_with_its_adapter_and_says_so(
+    tiny: Running, astronaut_png: bytes
+) -> None:
+    # In place of the bias with which fusion sums up the prompt's 96 tokens.
+    card = tiny.learn("anna", {"text_proj.bias": torch.full((96,), 2.0)})
+    asked = {**SHAPE, "num_frames": 9, "consent_id": card.consent_id}
+    frames, records = [], []
+    for identity in ({"identity_lora": "anna"}, {}):
+        video = tiny.wait(tiny.create(astronaut_png, **asked, **identity)["id"])
+        assert video["status"] == "completed", video["error"]
+        frames.append(decode_mp4(tiny.client.get(f"/v1/videos/{video['id']}/content").content))
+        records.append(tiny.client.get(f"/v1/videos/{video['id']}/record").json())
+    assert (frames[0] != frames[1]).any()
+    assert records[0]["identity_lora"] == asdict(card)
+    assert "identity_lora" not in records[1]
 
 
 def test_options_and_estimate_say_what_a_form_needs(tiny: Running) -> None:

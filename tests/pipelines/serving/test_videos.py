@@ -178,6 +178,7 @@ def test_create_as_json_takes_the_photo_as_base64(stub: Running, astronaut_png: 
         ({"tier": "fast"}, "tier_unavailable"),
         ({"num_inference_steps": "0"}, "invalid_num_inference_steps"),
         ({"model": "sora-2"}, "unknown_model"),
+        ({"identity_lora": "../rival/anna"}, "invalid_identity_lora"),
         ({"prompt": " "}, "invalid_request"),
         ({"sede": "3"}, "invalid_request"),
         ({"seed": "three"}, "invalid_request"),
