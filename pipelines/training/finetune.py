@@ -132,8 +132,7 @@ class Finetune:
             raise DatasetError(
                 f"no clip could be learnt from; {self.dataset / 'report.html'} says why of each", code="no_clips"
             )
-        if config.settings.references == "cross_clip":
-            open_dataset(self.dataset).check_cross_clip()
+        open_dataset(self.dataset).check_cross_clip()
         return summary
 
     def train(self) -> Path:
