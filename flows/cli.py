@@ -240,6 +240,14 @@ def train(
     workers: Annotated[
         int, typer.Option(min=0, help="Ray workers, each with a GPU where there are; 0 trains in this process.")
     ] = 0,
+    validate_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Steps between validations, each of which renders 2 videos; the best one's weights are kept. "
+            "A quarter of the steps by default.",
+        ),
+    ] = None,
     trial_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of the videos that are compared.")] = 50,
     device: Device = "auto",
     work: Annotated[
@@ -267,6 +275,7 @@ def train(
             learning_rate=learning_rate,
             recomputed_blocks=recomputed_blocks,
             workers=workers,
+            validate_every=validate_every,
             trial_steps=trial_steps,
             device=device,
             work=work,

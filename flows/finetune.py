@@ -33,7 +33,9 @@ class FinetuneSettings:
     """What learning a person may be asked for; a deployment carries it as JSON.
 
     `work` is a local folder for data and training, by default `training/<name>` in a local output. `allowed_roots` are
-    folders and s3://bucket addresses that footage may come from beside the manifest's own folder or bucket.
+    folders and s3://bucket addresses that footage may come from beside the manifest's own folder or bucket. Every
+    `validate_every` steps, by default a quarter of all, and at the end two videos are rendered and scored; the weights
+    with the highest score are kept.
     """
 
     # Read by pydantic when Prefect checks a deployment's parameters: a misspelt setting is refused, not ignored.
@@ -45,6 +47,7 @@ class FinetuneSettings:
     learning_rate: float = 1e-4
     recomputed_blocks: int = 0
     workers: int = 0
+    validate_every: int | None = None
     trial_steps: int = 50
     device: DeviceChoice = "auto"
     work: str | None = None
@@ -110,6 +113,7 @@ def plan_finetune(
         batch_size=settings.batch_size,
         rank=settings.rank,
         learning_rate=settings.learning_rate,
+        validate_every=settings.validate_every,
         recomputed_blocks=settings.recomputed_blocks,
     )
     if settings.work is None and "://" in str(root):

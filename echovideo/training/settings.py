@@ -193,8 +193,19 @@ def stage_two(*, steps: int, batch_size: int, **changes: Any) -> StageSettings:
     return replace(settings, **changes)
 
 
-def one_person(*, steps: int, batch_size: int, rank: int, learning_rate: float = 1e-4, **changes: Any) -> StageSettings:
-    """Return the settings that learn one person: stage 2 with low-rank layers in attention, and fusion in full."""
+def one_person(
+    *,
+    steps: int,
+    batch_size: int,
+    rank: int,
+    learning_rate: float = 1e-4,
+    validate_every: int | None = None,
+    **changes: Any,
+) -> StageSettings:
+    """Return the settings that learn one person: stage 2 with low-rank layers in attention, and fusion in full.
+
+    Unless said, validation comes after every quarter of the steps.
+    """
     return stage_two(
         steps=steps,
         batch_size=batch_size,
@@ -203,5 +214,6 @@ def one_person(*, steps: int, batch_size: int, rank: int, learning_rate: float =
         learning_rate=learning_rate,
         warmup_steps=min(100, steps // 10),
         checkpoint_every=min(250, steps),
+        validate_every=math.ceil(steps / 4) if validate_every is None else validate_every,
         **changes,
     )

@@ -26,8 +26,16 @@ from echovideo.settings import EngineSettings
 from echovideo.training.adapters import Adapter
 from echovideo.training.dataset import open_dataset
 from echovideo.training.export import export_adapter
+from echovideo.training.journal import read_metrics
 from echovideo.training.settings import StageSettings
-from echovideo.training.trial import mean_score, trial_sheet, try_adapter
+from echovideo.training.trial import (
+    VALIDATION_PROMPTS,
+    mean_score,
+    prompt_states,
+    trial_sheet,
+    try_adapter,
+    validation_scores,
+)
 from pipelines.identities import Identities, IdentityCard, exists_already, file_sha256
 from pipelines.photo_reader import UriPolicy
 from pipelines.storage import StorageOptions, StoragePath, encode_json
@@ -69,6 +77,7 @@ class Finetune:
     """
 
     def __init__(self, config: FinetuneConfig) -> None:
+        assert config.settings.validate_every is not None, "validation says which weights are kept"
         self.config = config
         self.identities = Identities(StoragePath.parse(config.output, config.storage))
         self.dataset = config.work / "dataset"
@@ -123,12 +132,11 @@ class Finetune:
             raise DatasetError(
                 f"no clip could be learnt from; {self.dataset / 'report.html'} says why of each", code="no_clips"
             )
-        if config.settings.references == "cross_clip":
-            open_dataset(self.dataset).check_cross_clip()
+        open_dataset(self.dataset).check_cross_clip()
         return summary
 
     def train(self) -> Path:
-        """Train, or go on training, and return the run's folder with the adapter in it.
+        """Train, or go on training, and return the run's folder with the adapter in it: of the best validation's step.
 
         Raises StorageError `identity_exists` before it trains, and what `run_training` raises.
         """
@@ -147,6 +155,13 @@ class Finetune:
                 base_digest=self.base_digest,
                 device=config.engine.device,
                 num_workers=config.workers,
+                validate=partial(
+                    validation_scores,
+                    model=model,
+                    dataset=self.dataset,
+                    texts=prompt_states(model, VALIDATION_PROMPTS, config.engine),
+                    settings=config.engine,
+                ),
             )
         )
         export_adapter(
@@ -162,7 +177,7 @@ class Finetune:
         return folder
 
     def evaluate(self) -> dict[str, Any]:
-        """Render with and without the adapter, write the report, and return the scores."""
+        """Render with and without the adapter, write the report, and return the scores, those of the validation too."""
         config, folder = self.config, self.folder
         place = StoragePath.parse(str(folder / TRIAL))
         if place.exists():
@@ -176,11 +191,15 @@ class Finetune:
             config.engine,
             steps=config.trial_steps,
         )
+        validations = [line for line in read_metrics(folder) if "scores" in line]
         scores = {
             "without": asdict(mean_score(videos, adapted=False)),
             "with": asdict(mean_score(videos, adapted=True)),
             "videos": len(videos),
             "steps": config.trial_steps,
+            "validations": validations,
+            # As the checkpoint was chosen: the highest score, the later of equals.
+            "trained_steps": max(validations, key=lambda line: (line["scores"]["score"], line["steps"]))["steps"],
         }
         sheet = io.BytesIO()
         trial_sheet(videos).save(sheet, "PNG")
@@ -189,7 +208,7 @@ class Finetune:
             "model": card.name,
             "licence": card.licence,
             "consent": config.consent_id,
-            "training steps": config.settings.steps,
+            "training steps": f"{scores['trained_steps']} of {config.settings.steps}, the best by validation",
             "rank": config.settings.adapter.rank if config.settings.adapter else "",
         }
         page = render_trial_report(config.name, facts, videos, scores, sheet.getvalue(), card)
@@ -232,6 +251,7 @@ class Finetune:
         dataset = open_dataset(self.dataset)
         decides = {
             "settings": self.config.settings.numbers(),
+            "validate_every": self.config.settings.validate_every,
             "base": self.base_digest,
             "consent": self.config.consent_id,
             "dataset": dataset.card.digest,

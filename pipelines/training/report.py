@@ -165,7 +165,7 @@ def render_trial_report(
     sheet: bytes,
     card: ModelCard,
 ) -> str:
-    """Return the page of a learnt person: scores with and without the adapter, and a sheet of frames.
+    """Return the page of a learnt person: scores with and without the adapter, those of validation, a sheet of frames.
 
     `sheet` is a PNG, `card` the base model's.
     """

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import av
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from echovideo.errors import DatasetError, RequestError, StorageError
 from echovideo.model.card import TINY, folder_digest
+from echovideo.model.transformer import EchoVideoTransformer3DModel
 from echovideo.request import RenderRequest
 from echovideo.training.adapters import Adapter
+from echovideo.training.journal import read_metrics
+from echovideo.training.loop import Validate, train
 from echovideo.training.settings import one_person
+from echovideo.training.trial import VALIDATION_PROMPTS, prompt_states, validation_scores
 from echovideo.video import decode_mp4
 from flows.cli import app
 from flows.finetune import FinetuneSettings, plan_finetune
@@ -25,7 +32,9 @@ from pipelines.identities import file_sha256
 from pipelines.manifest import write_manifest
 from pipelines.storage import StoragePath
 from pipelines.training.finetune import Finetune, FinetuneConfig
+from pipelines.training.train import dataset_ingredients
 from tests.echovideo.footage.drawn import FRAMES, drawn_clips, write
+from tests.echovideo.training.small import Kept
 from tests.flows.conftest import Command, Running
 
 STEPS = 2
@@ -99,6 +108,58 @@ def test_train_tells_of_clips_left_out_and_draws_its_report(learnt: Learnt) -> N
     assert TINY.notice in page
     assert "no faces that can be told apart" not in page
     assert page.count("A person smiles in a park.") == 4
+    validations = [line for line in read_metrics(Path(document["report"]).parent) if "scores" in line]
+    assert document["scores"]["validations"] == validations
+    assert [validation["steps"] for validation in validations] == [1, 2]
+    assert page.count(f"<td>{document['scores']['trained_steps']}, kept</td>") == 1
+
+
+def test_train_exports_the_weights_of_the_best_validation_and_not_the_last(
+    learnt: Learnt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "transformer_blocks.0.attn1.to_q.lora_up"
+    seen: dict[int, torch.Tensor] = {}
+
+    def falling(transformer: EchoVideoTransformer3DModel, steps: int, **_: object) -> dict[str, float]:
+        seen[steps] = transformer.get_parameter(name).detach().clone()
+        return {"score": 1 / steps, "similarity": 1 / steps, "detection_rate": 1.0}
+
+    monkeypatch.setattr("pipelines.training.finetune.validation_scores", falling)
+    config = learnt.config(steps=3, validate_every=1, learning_rate=1e-3)
+    job = learnt.elsewhere(tmp_path, replace(config, name="another"))
+    adapter = Adapter.load(job.train() / "adapter.safetensors")
+    assert list(seen) == [1, 2, 3]
+    assert torch.equal(adapter.tensors[name], seen[1])
+    assert not torch.equal(seen[1], seen[3])
+    assert job.evaluate()["trained_steps"] == 1
+    assert "<td>1 of 3, the best by validation</td>" in (job.folder / "report.html").read_text()
+
+
+def test_train_with_validation_takes_the_same_steps_to_the_bit(learnt: Learnt) -> None:
+    config = learnt.config(steps=3, validate_every=2, learning_rate=1e-2)
+    model, dataset = Path(config.model), config.work / "dataset"
+    texts = prompt_states(model, VALIDATION_PROMPTS, config.engine)
+    assert {prompt: states.device.type for prompt, states in texts.items()} == {VALIDATION_PROMPTS[0]: "cpu"}
+    validate = partial(validation_scores, model=model, dataset=dataset, texts=texts, settings=config.engine)
+
+    def run(validate: Validate | None) -> tuple[Kept, EchoVideoTransformer3DModel]:
+        made, kept = dataset_ingredients(model, dataset, config.settings, torch.device("cpu")), Kept()
+        train(made.model, made.schedule, made.source, made.null, config.settings, record=kept, validate=validate)
+        return kept, made.model
+
+    # Rendering pins two threads, and with them sums are others.
+    torch.set_num_threads(1)
+    with_scores, validated = run(pickle.loads(pickle.dumps(validate)))
+    assert torch.get_num_threads() == 1
+    without, plain = run(None)
+    assert with_scores.losses == without.losses
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(validated.get_parameter(name), parameter), name
+        assert validated.get_parameter(name).requires_grad == parameter.requires_grad, name
+    assert [found.steps for found in with_scores.scores] == [2, 3]
+    first, last = (dict(found.scores) for found in with_scores.scores)
+    assert first["score"] == first["similarity"] * first["detection_rate"]
+    assert first["similarity"] != last["similarity"]
 
 
 def test_train_again_makes_nothing_anew(learnt: Learnt) -> None:

@@ -86,4 +86,4 @@ def test_one_person_trains_fusion_in_full_and_attention_by_low_rank_layers() -> 
     chosen = one_person(steps=50, batch_size=2, rank=4, recomputed_blocks=3)
     assert (chosen.groups, chosen.adapter) == (("fusion",), AdapterSettings(rank=4, groups=("attention",)))
     assert (chosen.references, chosen.face_latent, chosen.recomputed_blocks) == ("cross_clip", "drop", 3)
-    assert (chosen.warmup_steps, chosen.checkpoint_every) == (5, 50)
+    assert (chosen.warmup_steps, chosen.checkpoint_every, chosen.validate_every) == (5, 50, 13)
