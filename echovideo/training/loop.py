@@ -190,7 +190,16 @@ def _scores(trainer: Trainer, validate: Validate) -> ScoreRecord:
         model = gathered(trainer.model, trainer.settings)
         if model is None:  # The first process has it.
             return ScoreRecord(steps=trainer.steps, scores={"score": math.nan})
-        return ScoreRecord(steps=trainer.steps, scores=validate(model, trainer.steps))
+        try:
+            scores = validate(model, trainer.steps)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"the videos of the validation after step {trainer.steps} do not fit the device's memory beside the "
+                "training: use clips of a smaller size, or a device with more memory "
+                f"({str(error).splitlines()[0]})",
+                code="out_of_memory",
+            ) from error
+        return ScoreRecord(steps=trainer.steps, scores=scores)
 
 
 def _where_to_go_on(checkpoints: Checkpoints | None) -> str:

@@ -154,3 +154,21 @@ def test_train_as_a_graph_gives_the_losses_of_launches_one_by_one() -> None:
         assert progress.skipped == 1
         losses.append([found.loss for found in kept.steps if not found.skipped])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def _run_out(*_: object) -> Mapping[str, float]:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nMore lines")
+
+
+def test_train_whose_step_does_not_fit_the_memory_says_what_to_lower() -> None:
+    model = small_model()
+    model.register_forward_pre_hook(_run_out)
+    with pytest.raises(TrainingError, match=r"step 0 does not fit .* 0 of 2 blocks .*Tried to allocate 9.00 GiB\.\)"):
+        train(model, schedule(), SmallSource(), null_condition(), settings())
+
+
+def test_train_whose_validation_does_not_fit_the_memory_says_so() -> None:
+    chosen = settings(validate_every=2)
+    with pytest.raises(TrainingError, match=r"validation after step 2 .*Tried to allocate 9.00 GiB\.\)") as caught:
+        train(small_model(), schedule(), SmallSource(), null_condition(), chosen, validate=_run_out)
+    assert caught.value.code == "out_of_memory"
