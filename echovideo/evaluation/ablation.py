@@ -20,7 +20,7 @@ from torch import Tensor
 from echovideo.evaluation.cases import Case
 from echovideo.evaluation.claims import Arm, Measured, Reading, readings
 from echovideo.evaluation.scores import SCORES, Evidence, Expected, score, share_of_ceiling
-from echovideo.synthetic.results import Row
+from echovideo.results import Row
 from echovideo.training.settings import BACKBONE, StageSettings
 
 EXAMPLES = 6

@@ -37,10 +37,10 @@ from echovideo.evaluation.networks import (
     traits,
 )
 from echovideo.evaluation.statistics import Numbers, determination, once, ranking_share
+from echovideo.results import Row, machine_name, reaches, write_results
 from echovideo.synthetic.clip import ATTRIBUTES, ClipCondition, sample_conditions, scene_curves
 from echovideo.synthetic.draw import SIDE, draw_tensors
 from echovideo.synthetic.person import SPLITS, identity_parameters
-from echovideo.synthetic.results import Row, write_results
 
 MACRO_FLOOR, RANK_FLOOR = 0.95, 0.95
 PEOPLE = 300
@@ -418,9 +418,8 @@ def main() -> None:
     save_judges(judges, options.out)
     rows = measure(load_judges(options.out, device), _TEST, SIDE, device)
     rows.append(Row(name="training", metric="steps", value=steps, unit="steps"))
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    write_results("judges", machine, rows, options.commit, options.out)
-    if not all(row.passed for row in rows):
+    write_results("judges", rows, options.out, machine=machine_name(device), commit=options.commit)
+    if not reaches(rows):
         raise SystemExit(1)
 
 

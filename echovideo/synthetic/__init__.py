@@ -16,3 +16,7 @@ with `compiled=True` and call `identity_parameters`, `scene_curves` and `draw_te
 `python -m echovideo.synthetic.throughput` how fast they are drawn. The first needs the whole project, drawing needs
 torch alone.
 """
+
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"

@@ -11,11 +11,12 @@ from collections.abc import Callable
 
 import torch
 
+from echovideo.results import Row, machine_name, reaches, write_results
+from echovideo.synthetic import RESULTS
 from echovideo.synthetic.caption import caption
 from echovideo.synthetic.clip import sample_conditions, scene_curves
 from echovideo.synthetic.draw import SIDE, draw_tensors
 from echovideo.synthetic.person import SPLITS, identity_parameters
-from echovideo.synthetic.results import Row, write_results
 
 FRAMES = 17
 FLOOR = 20_000.0
@@ -73,9 +74,8 @@ def main() -> None:
     parser.add_argument("--commit", help="what is measured, where this is no git checkout")
     options = parser.parse_args()
     rows = measure(options.clips, options.device, compiled=not options.eager, seconds=options.seconds)
-    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    write_results("throughput", machine, rows, options.commit)
-    if not all(row.passed for row in rows):
+    write_results("throughput", rows, RESULTS, machine=machine_name(options.device), commit=options.commit)
+    if not reaches(rows):
         raise SystemExit(1)
 
 

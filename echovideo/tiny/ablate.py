@@ -31,7 +31,7 @@ from echovideo.evaluation.claims import PEOPLE, Arm
 from echovideo.evaluation.networks import load_judges
 from echovideo.evaluation.page import write_page
 from echovideo.faces.recogniser import load_recogniser
-from echovideo.synthetic.results import write_results
+from echovideo.results import machine_name, write_results
 from echovideo.tiny import shipped
 from echovideo.tiny.diffusion import Course, ModelSettings, base_stage, draw_world, identity_stages
 from echovideo.tiny.scoring import Exam
@@ -125,7 +125,7 @@ def prepare(folder: Path, *, minutes: float, people: int, recogniser: Path | Non
         people=settings.people,
         batch_size=settings.batch_size,
         seconds_a_step=pace,
-        machine=torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
+        machine=machine_name(device),
         encoders=digest.hexdigest(),
     )
     # Last, so that a folder with it has the base too.
@@ -200,7 +200,7 @@ def write_findings(folder: Path, commit: str | None) -> None:
     runs = read_runs(folder / _RUNS)
     plan = Plan(**json.loads((folder / _PLAN).read_text()))
     write_page(runs, PEOPLE, folder / "ablation.html")
-    write_results("ablation", plan.machine, rows(runs), commit, folder)
+    write_results("ablation", rows(runs), folder, machine=plan.machine, commit=commit)
 
 
 def _record(folder: Path, seed: int, arm: Arm) -> Path:

@@ -29,8 +29,8 @@ from echovideo.evaluation.tone import clip_lightness, lightness, skin_colour
 from echovideo.faces.mtcnn import MtcnnDetector
 from echovideo.faces.recogniser import load_recogniser
 from echovideo.pipeline import EchoVideoPipeline
+from echovideo.results import Row, machine_name, write_results
 from echovideo.synthetic.person import SPLITS
-from echovideo.synthetic.results import Row, write_results
 from echovideo.tiny.autoencoder import reconstruct
 from echovideo.tiny.drawing import draw_photos
 from echovideo.tiny.folder import ensure_tiny
@@ -170,7 +170,7 @@ def main() -> None:
         rows, picture = measure_photos(pipeline, options.photos)
         picture.save(options.out / "real_nets.jpg", quality=90)
     rows += measure_people(pipeline, drawn_cases()[: options.people])
-    write_results("real_nets", f"{torch.get_num_threads()} CPU threads", rows, None, options.out)
+    write_results("real_nets", rows, options.out, machine=machine_name("cpu"))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from echovideo.evaluation.cases import drawn_cases
 from echovideo.evaluation.networks import load_judges
 from echovideo.faces.recogniser import load_recogniser
-from echovideo.synthetic.results import Row, write_results
+from echovideo.results import Row, machine_name, write_results
 from echovideo.tiny import shipped
 from echovideo.tiny.autoencoder import AutoencoderMeasures, AutoencoderSettings, measure_autoencoder, train_autoencoder
 from echovideo.tiny.diffusion import ModelSettings, train_model
@@ -134,8 +134,7 @@ def main() -> None:
         for metric, (value, unit, floor) in measures.items()
     ]
     rows.append(Row(name=options.part, metric="training", value=options.minutes, unit="min"))
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    write_results(options.part, machine, rows, options.commit, options.out)
+    write_results(options.part, rows, options.out, machine=machine_name(device), commit=options.commit)
 
 
 if __name__ == "__main__":

@@ -14,18 +14,15 @@ import argparse
 import gc
 import json
 import math
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import diffusers
 import torch
 import torch.distributed as dist
 from diffusers import CogVideoXDPMScheduler, CogVideoXTransformer3DModel
@@ -36,6 +33,7 @@ from echovideo.hashing import normal, uniform
 from echovideo.model.config import TransformerConfig
 from echovideo.model.rotary import rotary_tables
 from echovideo.model.transformer import EchoVideoTransformer3DModel
+from echovideo.results import Row, machine_name, write_results
 from echovideo.training.batch import NullCondition, TrainingBatch, example_seeds
 from echovideo.training.loop import Trainer
 from echovideo.training.objective import NoiseSchedule, draw
@@ -49,18 +47,6 @@ DIFFUSERS = "diffusers, gradient checkpointing"
 RESULTS = Path(__file__).parent / "results"
 _WARM_UP, _TIMED = 1, 4
 _LORA = AdapterSettings(rank=128, groups=("attention", "feed_forward"))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One measurement; `floor` is the bar set for it, `against` others' in the same run, or why there is none."""
-
-    name: str
-    metric: str
-    value: float
-    unit: str
-    floor: float | None = None
-    against: Mapping[str, float | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -380,31 +366,6 @@ def _batch(case: Case, places: torch.Tensor) -> TrainingBatch:
     )
 
 
-def write_results(rows: list[Row], name: str, folder: Path, machine: str, commit: str) -> Path:
-    """Print the rows, write them to `folder`/`name`.json by the schema of all results files, and return its path."""
-    for row in rows:
-        others = ", ".join(f"{other}: {value}" for other, value in row.against.items())
-        bar = "" if row.floor is None else f"  bar {row.floor:g}"
-        print(f"{row.name:48} {row.metric:28} {row.value:9.3f} {row.unit:14}{bar}  {others}")
-    record = {
-        "benchmark": name,
-        "machine": machine,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": str(torch.version.cuda),
-            "diffusers": diffusers.__version__,
-        },
-        "commit": commit,
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "rows": [asdict(row) for row in rows],
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return path
-
-
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(prog="python -m echovideo.training.benchmark")
@@ -418,9 +379,10 @@ def main() -> None:
         print(f"{row.name}: {row.metric} {row.value:.3f} {row.unit}", flush=True)
         rows.append(row)
     name = "step" if options.gpus == 1 else f"step_{options.gpus}_gpus"
-    machine = f"{options.gpus} x {torch.cuda.get_device_name()}"
-    path = write_results(rows, name, options.out, machine, options.commit)
-    print(f"wrote {path}")
+    machine = f"{options.gpus} x {machine_name('cuda')}"
+    write_results(
+        name, rows, options.out, machine=machine, packages=("torch", "triton", "diffusers"), commit=options.commit
+    )
 
 
 if __name__ == "__main__":

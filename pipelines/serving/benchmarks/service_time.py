@@ -31,19 +31,19 @@ from echovideo.model.config import TransformerConfig
 from echovideo.model.folder import vae_dtype
 from echovideo.model.transformer import EchoVideoTransformer3DModel
 from echovideo.request import RenderRequest, parse_size
+from echovideo.results import Row, write_results
 from echovideo.settings import EngineSettings
 from echovideo.tiny.folder import ensure_tiny
 from echovideo.tiny.parts import scheduler
 from pipelines.ledger import Ledger
 from pipelines.outcome import Ok
-from pipelines.serving.benchmarks.results import FOLDER, Row, write
+from pipelines.serving.benchmarks import RESULTS
 from pipelines.serving.benchmarks.stub import StubCondition, StubIdentity
 from pipelines.serving.config import ServiceConfig
 from pipelines.serving.path import WholePath
 from pipelines.serving.records import Job
 from pipelines.stages.render import RenderStage
 
-RESULTS = FOLDER / "service_time.json"
 BAR = 1.02
 _TENANT = "bench"
 _WARM_UP_STEPS = 2
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=49, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=50, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file; default: %(default)s")
     parser.add_argument("--commit", help="what to note as the commit; default: HEAD")
     asked = parser.parse_args()
     height, width = parse_size(asked.size)
@@ -195,7 +195,9 @@ def main() -> None:
         for row in measure(engine, request, asked.rounds, folder):
             rows.append(row)
             print(f"{row.name}  {row.metric:24} {row.value:10.4f} {row.unit}", flush=True)
-    write(rows, asked.out, machine=machine, packages=("ray", "torch", "diffusers"), commit=asked.commit)
+    write_results(
+        "service_time", rows, asked.out, machine=machine, packages=("ray", "torch", "diffusers"), commit=asked.commit
+    )
     ray.shutdown()
 
 

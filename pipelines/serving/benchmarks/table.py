@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipelines.serving.benchmarks.results import FOLDER
+from pipelines.serving.benchmarks import RESULTS
 
 README = Path(__file__).parents[3] / "README.md"
 BEGIN, END = "<!-- begin: service benchmark -->\n", "<!-- end: service benchmark -->\n"
@@ -29,7 +29,7 @@ def main() -> None:
     text = README.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    tables = [table(json.loads(path.read_text())) for path in sorted(FOLDER.glob("*.json"))]
+    tables = [table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
     README.write_text(before + BEGIN + "\n".join(tables) + END + after)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from echovideo.errors import TrainingError
+from echovideo.results import write_results
 from echovideo.training import benchmark
 from echovideo.training.batch import TrainingBatch
 from echovideo.training.benchmark import (
@@ -22,7 +23,6 @@ from echovideo.training.benchmark import (
     rows_of_one,
     stages,
     step_flops,
-    write_results,
 )
 from echovideo.training.loop import Trainer
 from tests.echovideo.training.small import CONFIG
@@ -32,7 +32,7 @@ SMALL = Case(config=CONFIG, frames=2, height=4, width=6, device="cpu", dtype=tor
 
 def test_rows_of_one_have_every_stage_and_diffusers_beside_the_full_one(tmp_path: Path) -> None:
     rows = list(rows_of_one(SMALL))
-    path = write_results(rows, "step", tmp_path, "a CPU", "0123")
+    path = write_results("step", rows, tmp_path, machine="a CPU", commit="0123")
     found = json.loads(path.read_text())
     assert (found["benchmark"], found["commit"], found["machine"]) == ("step", "0123", "a CPU")
     assert [row["name"].split(", 0 of")[0] for row in found["rows"][::3]] == list(stages(1))
