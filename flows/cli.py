@@ -103,7 +103,10 @@ def render(
         "video.mp4"
     ),
     model: Model = "tiny",
-    size: Size = "wide",
+    size: Annotated[
+        str | None,
+        typer.Option(help="WIDTHxHEIGHT, wide, standard, square, portrait or tall; by default as trained."),
+    ] = None,
     frames: Frames = None,
     seconds: Seconds = None,
     steps: Steps = 50,
@@ -114,12 +117,23 @@ def render(
     models: ModelsFolder = DEFAULT_MODELS,
     json: Json = False,
 ) -> None:
-    """Render one video in this process."""
-    from echovideo.request import MAX_FRAMES, RenderRequest, frames_for_seconds, parse_size
+    """Render one video in this process, in the size and length that the model was trained on unless others are given.
+
+    The published model makes 848x480 and 49 frames, the tiny one 96x96 and 17.
+    """
+    from echovideo.model.config import TransformerConfig, read_config
+    from echovideo.request import RenderRequest, frames_for_seconds, parse_size
+    from flows.models import find_model
 
     if frames is not None and seconds is not None:
         raise typer.BadParameter("give --frames or --seconds, not both")
-    height, width = parse_size(size)
+    with err.status("loading"):
+        folder = find_model(model, models)
+    trained = TransformerConfig.from_dict(read_config(folder / "transformer"))
+    height, width = parse_size(size) if size is not None else next(iter(trained.sizes.values()))
+    num_frames = trained.sample_frames if frames is None else frames
+    if seconds is not None:
+        num_frames = frames_for_seconds(seconds, fps)
     request = RenderRequest(
         row_id="render",
         prompt=prompt,
@@ -127,7 +141,7 @@ def render(
         seed=seed,
         height=height,
         width=width,
-        num_frames=frames_for_seconds(seconds, fps) if seconds is not None else frames or MAX_FRAMES,
+        num_frames=num_frames,
         fps=fps,
         num_inference_steps=steps,
         guidance_scale=guidance,
@@ -145,12 +159,11 @@ def render(
         task = progress.add_task("loading", total=steps)
         from echovideo.settings import EngineSettings
         from flows.config import choose_device
-        from flows.models import find_model
         from flows.single import render_one
 
         sidecar = render_one(
             request,
-            find_model(model, models),
+            folder,
             EngineSettings(device=choose_device(device)),
             out_path,
             lambda step: progress.update(task, completed=step, description="rendering"),

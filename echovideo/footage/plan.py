@@ -17,7 +17,6 @@ from echovideo.request import DEFAULT_FPS, MAX_FRAMES, SIZES
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels."""
 
-_PUBLISHED_SIDE = min(min(size) for size in SIZES.values())
 _NEIGHBOURS = 4
 _TRIES = 3
 
@@ -62,11 +61,13 @@ def settings_for(config: TransformerConfig, pack: str) -> FootageSettings:
     antelopev2 calls two photos of one person alike from about 0.3 on, dlib from 0.535 on, its own threshold.
     """
     same_person = 0.535 if pack.startswith(EMBEDDED_KIND) else 0.3
-    height, width = config.sample_height * 8, config.sample_width * 8
-    if min(height, width) >= _PUBLISHED_SIDE:
+    if config.sizes == SIZES:
         return FootageSettings(same_person=same_person)
     return FootageSettings(
-        sizes=((height, width),), num_frames=config.sample_frames, min_face_px=24.0, same_person=same_person
+        sizes=tuple(config.sizes.values()),
+        num_frames=config.sample_frames,
+        min_face_px=24.0,
+        same_person=same_person,
     )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from echovideo.errors import WeightsError
+from echovideo.request import SIZES
 
 Recompute = Literal["elementwise", "products"]
 """What training computes again in the backward pass: norms, rotary embedding and GELU, or linear layers too."""
@@ -25,6 +28,8 @@ _FIXED: Mapping[str, Any] = {
     "ofs_embed_dim": None,
     "temporal_compression_ratio": 4,
 }
+_CELL = 8
+"""Pixels of a latent cell's side."""
 _UNUSED = {"spatial_interpolation_scale", "temporal_interpolation_scale"}
 
 
@@ -33,7 +38,7 @@ class TransformerConfig:
     """Sizes of an EchoVideoTransformer3DModel; keys as in the published `transformer/config.json`.
 
     The `resampler_*` sizes are constants of the published class and config here. `sample_*` are the training
-    size in latent cells and frames: no computation of the model reads them, the choice of training sizes does.
+    size in latent cells and frames: no computation of the model reads them, `sizes` does.
     """
 
     num_attention_heads: int = 48
@@ -61,6 +66,14 @@ class TransformerConfig:
     resampler_num_queries: int = 16
 
     @property
+    def sizes(self) -> Mapping[str, tuple[int, int]]:
+        """(height, width) in pixels of what the model was trained on, by name: the published sizes, or one smaller."""
+        height, width = self.sample_height * _CELL, self.sample_width * _CELL
+        if min(height, width) >= min(min(size) for size in SIZES.values()):
+            return SIZES
+        return {f"{width}x{height}": (height, width)}
+
+    @property
     def inner_dim(self) -> int:
         """Width of the transformer's hidden states."""
         return self.num_attention_heads * self.attention_head_dim
@@ -86,3 +99,16 @@ class TransformerConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the published `config.json` keys and values."""
         return {"_class_name": "EchoVideoTransformer3DModel", **asdict(self), **_FIXED}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return `folder/config.json`; raises WeightsError when it is missing or not JSON."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise WeightsError(f"{path} is missing: is {folder.parent} a whole model folder?") from None
+    except ValueError as error:
+        raise WeightsError(f"{path} is not JSON: {error}") from None
+    assert isinstance(config, dict)
+    return config

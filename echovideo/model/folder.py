@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from echovideo.errors import WeightsError
-from echovideo.model.weights import load_weights, read_config, save_weights
+from echovideo.model.config import read_config
+from echovideo.model.weights import load_weights, save_weights
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLCogVideoX

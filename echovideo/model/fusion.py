@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from echovideo.model.config import TransformerConfig
-from echovideo.model.weights import load_weights, read_config
+from echovideo.model.config import TransformerConfig, read_config
+from echovideo.model.weights import load_weights
 
 
 class PerceiverAttention(nn.Module):

@@ -20,19 +20,6 @@ _SHARD_BYTES = 5 * 1024**3
 _ALIGNMENT = 64
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return `folder/config.json`; raises WeightsError when it is missing or not JSON."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise WeightsError(f"{path} is missing: is {folder.parent} a whole model folder?") from None
-    except ValueError as error:
-        raise WeightsError(f"{path} is not JSON: {error}") from None
-    assert isinstance(config, dict)
-    return config
-
-
 def load_weights(
     module: nn.Module,
     folder: Path,

@@ -15,8 +15,7 @@ from echovideo.faces.analyzer import Identity
 from echovideo.faces.templates import FACE_SIDE
 from echovideo.footage.take import Take, face_share
 from echovideo.model import folder as model_folder
-from echovideo.model.config import TransformerConfig
-from echovideo.model.weights import read_config
+from echovideo.model.config import TransformerConfig, read_config
 from echovideo.settings import EngineSettings
 from echovideo.training.dataset import ExampleTensors, NullTensors, ReferenceTensors
 

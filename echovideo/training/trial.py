@@ -16,10 +16,9 @@ from echovideo.conditioning import Condition, encode_prompt, fuse_condition
 from echovideo.engine import Engine, model_dtype, to_uint8
 from echovideo.faces.analyzer import FaceAnalyzer, FaceScore, face_score
 from echovideo.faces.packs import open_pack
-from echovideo.model.config import TransformerConfig
+from echovideo.model.config import TransformerConfig, read_config
 from echovideo.model.folder import load_scheduler, load_text_encoder, load_tokenizer, load_vae, vae_dtype
 from echovideo.model.transformer import EchoVideoTransformer3DModel
-from echovideo.model.weights import read_config
 from echovideo.request import RenderRequest
 from echovideo.sampler import decode
 from echovideo.settings import EngineSettings

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from echovideo.errors import RunError
 from echovideo.model.card import ModelCard, folder_digest, read_card
+from echovideo.model.config import TransformerConfig, read_config
 from echovideo.request import FacePolicy
 from echovideo.settings import EngineSettings
 from pipelines.config import RunConfig
@@ -44,6 +45,7 @@ class ServiceConfig:
     model: str
     model_digest: str
     card: ModelCard
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
     storage: StorageOptions = field(default_factory=StorageOptions)
     engine: EngineSettings = field(default_factory=EngineSettings)
     several_faces: FacePolicy = "largest"
@@ -56,9 +58,10 @@ class ServiceConfig:
 
     @classmethod
     def of_model(cls, model: str, **values: Any) -> Self:
-        """Return the config for a model folder, whose card and digest are read now; `values` as the fields say.
+        """Return the config for a model folder, whose card, sizes and digest are read now; `values` as the fields say.
 
-        `storage` and `engine` may be plain dicts, as a deployment's YAML has them. Raises RunError for other names.
+        `storage` and `engine` may be plain dicts, as a deployment's YAML has them. Raises RunError for other names,
+        WeightsError for a folder without a transformer.
         """
         unknown = set(values) - set(cls.__slots__)
         if unknown:
@@ -70,7 +73,13 @@ class ServiceConfig:
         if "batch_roots" in values:
             values["batch_roots"] = tuple(values["batch_roots"])
         folder = Path(model)
-        return cls(model=model, model_digest=folder_digest(folder), card=read_card(folder), **values)
+        return cls(
+            model=model,
+            model_digest=folder_digest(folder),
+            card=read_card(folder),
+            transformer=TransformerConfig.from_dict(read_config(folder / "transformer")),
+            **values,
+        )
 
     @property
     def store_path(self) -> StoragePath:

@@ -27,8 +27,7 @@ import ray
 from echovideo.faces.packs import pack_name
 from echovideo.footage.plan import FootageSettings, settings_for
 from echovideo.model.card import ModelCard, folder_digest, read_card
-from echovideo.model.config import TransformerConfig
-from echovideo.model.weights import read_config
+from echovideo.model.config import TransformerConfig, read_config
 from echovideo.settings import EngineSettings
 from echovideo.training.dataset import (
     DATASET_JSON,

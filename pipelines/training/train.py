@@ -20,9 +20,9 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer
 
 from echovideo.errors import EchoVideoError, TrainingError
+from echovideo.model.config import read_config
 from echovideo.model.folder import load_scheduler, load_transformer
 from echovideo.model.transformer import EchoVideoTransformer3DModel
-from echovideo.model.weights import read_config
 from echovideo.training.batch import ExampleSource, NullCondition
 from echovideo.training.checkpoint import Checkpoints, Progress, read_progress
 from echovideo.training.dataset import open_dataset

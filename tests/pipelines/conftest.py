@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import secrets
@@ -25,6 +26,7 @@ from echovideo.errors import StorageError
 from echovideo.faces.analyzer import FaceAnalyzer
 from echovideo.faces.packs import open_pack
 from echovideo.model.card import ModelCard, write_card
+from echovideo.model.config import TransformerConfig
 from pipelines.storage import StorageOptions, StoragePath
 
 START_SCRIPT = Path(__file__).parents[2] / "infra/local_s3/start.sh"
@@ -80,6 +82,8 @@ def stub_model(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, astr
     folder = tmp_path_factory.mktemp("stub") / "model"
     shutil.copytree(tiny_folder / "face_encoder", folder / "face_encoder")
     write_card(ModelCard(name="stub", licence="none"), folder)
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / "config.json").write_text(json.dumps(TransformerConfig().to_dict()))
     identity = FaceAnalyzer(open_pack(folder / "face_encoder")).analyze(astronaut_png)
     (folder / "identity.safetensors").write_bytes(identity.to_bytes())
     mean, std = torch.zeros(16, 12, 12), torch.ones(16, 12, 12)

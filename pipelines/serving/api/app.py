@@ -10,7 +10,7 @@ from fastapi.responses import Response
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from echovideo.request import MAX_FRAMES, MAX_PROMPT_CHARACTERS, SIZES, GuidanceSchedule
+from echovideo.request import MAX_PROMPT_CHARACTERS, GuidanceSchedule
 from echovideo.settings import AVAILABLE_TIERS
 from pipelines.serving.api import batches, page, problems, sessions, videos
 from pipelines.serving.api.bodies import BodyLimit
@@ -96,6 +96,7 @@ async def metrics(service: ServiceHere, caller: Admin) -> Response:
 async def options(service: ServiceHere, caller: Reader) -> Any:
     """Return what a request may ask of this service, for a form to be made of."""
     config = service.config
+    trained = config.transformer
     defaults = {
         name: field.default
         for name, field in VideoCreate.model_fields.items()
@@ -103,11 +104,11 @@ async def options(service: ServiceHere, caller: Reader) -> Any:
     }
     return {
         "model": asdict(config.card),
-        "sizes": {name: {"width": width, "height": height} for name, (height, width) in SIZES.items()},
-        "num_frames": list(range(9, MAX_FRAMES + 1, 8)),
+        "sizes": {name: {"width": width, "height": height} for name, (height, width) in trained.sizes.items()},
+        "num_frames": list(range(9, trained.sample_frames + 1, 8)),
         "tiers": list(AVAILABLE_TIERS),
         "guidance_schedules": list(get_args(GuidanceSchedule)),
-        "defaults": {**defaults, "num_frames": MAX_FRAMES},
+        "defaults": {**defaults, "size": next(iter(trained.sizes)), "num_frames": trained.sample_frames},
         "require_consent": config.require_consent,
         "max_upload_bytes": MAX_UPLOAD_BYTES,
         "max_upload_pixels": MAX_UPLOAD_PIXELS,

@@ -18,7 +18,7 @@ from echovideo.request import (
     Tier,
 )
 
-_SIZE_TEXT = f"WIDTHxHEIGHT in pixels, multiples of 16, or one of {', '.join(SIZES)}; default wide."
+_SIZE_TEXT = f"WIDTHxHEIGHT in pixels, multiples of 16, or one of {', '.join(SIZES)}"
 
 
 class _Asked(BaseModel):
@@ -38,11 +38,12 @@ class VideoSettings(_Asked):
 
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS, pattern=r"\S")]
     model: Annotated[str | None, Field(description="The served model's name, if anything.")] = None
-    size: Annotated[str, Field(description=_SIZE_TEXT)] = "wide"
+    size: Annotated[str | None, Field(description=f"{_SIZE_TEXT}; by default the model's first.")] = None
     seconds: Annotated[float | None, Field(description="Length, rounded to an allowed number of frames.")] = None
-    num_frames: Annotated[int | None, Field(description=f"9, 17, 25, 33, 41 or {MAX_FRAMES}, instead of seconds.")] = (
-        None
-    )
+    num_frames: Annotated[
+        int | None,
+        Field(description=f"9, 17, 25, 33, 41 or {MAX_FRAMES}, instead of seconds; by default as trained."),
+    ] = None
     fps: int = DEFAULT_FPS
     seed: int = DEFAULT_SEED
     num_inference_steps: int = DEFAULT_STEPS
@@ -90,7 +91,7 @@ class BatchCreate(_Asked):
     manifest: Annotated[
         str, Field(min_length=1, description="Path or s3:// address; relative ones lie in the tenant's inputs/.")
     ]
-    size: Annotated[str, Field(description=_SIZE_TEXT)] = "wide"
+    size: Annotated[str, Field(description=f"{_SIZE_TEXT}; default wide.")] = "wide"
     seconds: float | None = None
     num_frames: int | None = None
     fps: int = DEFAULT_FPS

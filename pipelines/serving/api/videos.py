@@ -15,9 +15,9 @@ from fastapi.responses import Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from echovideo.errors import PhotoRefusedError, RequestError
+from echovideo.model.config import TransformerConfig
 from echovideo.request import (
     DEFAULT_STEPS,
-    MAX_FRAMES,
     RenderRequest,
     frames_for_seconds,
     parse_size,
@@ -111,7 +111,7 @@ async def create_video(
         if asked.input_reference is not None and not given.startswith("data:"):
             raise RequestError("image_url must be a data: address; nothing is fetched", code="invalid_photo")
         upload = photo_of_text(given)
-    wanted = _render_request(asked)
+    wanted = _render_request(asked, service.config.transformer)
     if service.config.require_consent and not wanted.consent_id:
         raise RequestError("consent_id is missing, and this service asks for one", code="consent_missing")
     photo = await asyncio.to_thread(clean_photo, upload)
@@ -294,12 +294,12 @@ class _OptionalPhoto(PhotoCheck):
 async def estimate(
     service: ServiceHere,
     caller: Reader,
-    size: str = "wide",
-    num_frames: int = MAX_FRAMES,
+    size: str | None = None,
+    num_frames: int | None = None,
     num_inference_steps: int = DEFAULT_STEPS,
 ) -> Any:
     """Return how long a video of this shape would wait and take now."""
-    height, width = parse_size(size)
+    height, width, num_frames = _shape(service.config.transformer, size, num_frames)
     wanted = RenderRequest(
         row_id="estimate",
         prompt="estimate",
@@ -344,12 +344,17 @@ async def _accept(
     return await service.ask("accept", record, caller.key, photo)
 
 
-def _render_request(asked: VideoCreate) -> RenderRequest:
+def _shape(trained: TransformerConfig, size: str | None, num_frames: int | None) -> tuple[int, int, int]:
+    """Return height, width and frames; what is left out is as the model was trained."""
+    height, width = next(iter(trained.sizes.values())) if size is None else parse_size(size)
+    return height, width, trained.sample_frames if num_frames is None else num_frames
+
+
+def _render_request(asked: VideoCreate, trained: TransformerConfig) -> RenderRequest:
     """Return what a body asks for, its id and photo still to be given; raises RequestError."""
     if asked.num_frames is not None and asked.seconds is not None:
         raise RequestError("give num_frames or seconds, not both", code="invalid_num_frames")
-    height, width = parse_size(asked.size)
-    num_frames = MAX_FRAMES if asked.num_frames is None else asked.num_frames
+    height, width, num_frames = _shape(trained, asked.size, asked.num_frames)
     check_tier(asked.tier)
     values = asked.model_dump(
         include={

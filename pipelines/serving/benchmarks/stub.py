@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from echovideo.errors import RenderCancelledError
 from echovideo.faces.analyzer import FaceAnalyzer
 from echovideo.faces.packs import open_pack
 from echovideo.model.card import ModelCard, write_card
+from echovideo.model.config import TransformerConfig
 from echovideo.request import RenderRequest
 from echovideo.tiny.folder import ensure_tiny
 from echovideo.training.adapters import AdapterSlot
@@ -91,6 +93,8 @@ def make_model(folder: Path) -> Path:
     model = folder / "model"
     shutil.copytree(tiny / "face_encoder", model / "face_encoder")
     write_card(ModelCard(name="stub", licence="none", judged=False), model)
+    (model / "transformer").mkdir()
+    (model / "transformer" / "config.json").write_text(json.dumps(TransformerConfig().to_dict()))
     identity = FaceAnalyzer(open_pack(model / "face_encoder")).analyze(photo_of(0))
     (model / "identity.safetensors").write_bytes(identity.to_bytes())
     mean, std = torch.zeros(16, 12, 12), torch.ones(16, 12, 12)

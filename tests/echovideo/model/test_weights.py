@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -112,13 +111,3 @@ def test_weights_two_files_without_index_are_refused(saved: tuple[Tied, Path]) -
     (saved[1] / "other.safetensors").write_bytes((saved[1] / FILE).read_bytes())
     with pytest.raises(WeightsError, match="holds 2 safetensors files and no index"):
         load_on_meta(saved[1])
-
-
-def test_config_missing_or_broken_is_named(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"config.json is missing"):
-        weights.read_config(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(WeightsError, match=r"config.json is not JSON"):
-        weights.read_config(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
-    assert weights.read_config(tmp_path) == {"a": 1}

@@ -165,7 +165,9 @@ def test_video_of_a_registered_identity_is_rendered_with_its_adapter_and_says_so
 def test_options_and_estimate_say_what_a_form_needs(tiny: Running) -> None:
     options = tiny.client.get("/v1/options").json()
     assert options["model"] == asdict(TINY)
-    assert options["sizes"]["wide"] == {"width": 848, "height": 480}
+    assert options["sizes"] == {"96x96": {"width": 96, "height": 96}}
+    assert options["num_frames"] == [9, 17]
+    assert (options["defaults"]["size"], options["defaults"]["num_frames"]) == ("96x96", 17)
     estimate = tiny.client.get("/v1/estimate", params={"size": "160x96", "num_frames": 17, "num_inference_steps": 6})
     assert estimate.json()["render_seconds"] > 0
     assert estimate.json()["queue_seconds"] == 0
