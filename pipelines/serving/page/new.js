@@ -16,7 +16,8 @@ export async function prepare(opened) {
   options = await get("v1/options");
   const { defaults } = options;
   for (const [name, { width, height }] of Object.entries(options.sizes)) {
-    $("size").append(new Option(`${name}, ${width} × ${height}`, name));
+    const called = name === `${width}x${height}` ? "" : `${name}, `;
+    $("size").append(new Option(`${called}${width} × ${height}`, name));
   }
   for (const count of options.num_frames) {
     $("num_frames").append(new Option(`${(count / defaults.fps).toFixed(1)} s, ${count} frames`, count));
