@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,12 +18,14 @@ from echovideo.faces.analyzer import FaceAnalyzer, FaceScore, face_score
 from echovideo.faces.packs import open_pack
 from echovideo.model.config import TransformerConfig, read_config
 from echovideo.model.folder import load_scheduler, load_text_encoder, load_tokenizer, load_vae, vae_dtype
-from echovideo.model.transformer import EchoVideoTransformer3DModel
 from echovideo.request import RenderRequest
 from echovideo.sampler import decode
 from echovideo.settings import EngineSettings
 from echovideo.training.adapters import Adapter
 from echovideo.training.dataset import Dataset, Example, open_dataset
+
+if TYPE_CHECKING:
+    from echovideo.model.transformer import EchoVideoTransformer3DModel
 
 PROMPTS = (
     "A person talks to the camera in a bright room.",

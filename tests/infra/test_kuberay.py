@@ -13,7 +13,6 @@ import ray
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from echovideo.model.card import TINY, write_card
 from pipelines.serving.app import PROXY_ENVIRONMENT
 from pipelines.serving.config import ServiceConfig
 
@@ -37,14 +36,12 @@ def test_rayservice_config_is_one_that_serve_takes_and_its_builder_exists(spec: 
     assert list(inspect.signature(builder).parameters) == ["settings"]
 
 
-def test_rayservice_settings_make_a_service_config(spec: dict[str, Any], tmp_path: Path) -> None:
+def test_rayservice_settings_make_a_service_config(spec: dict[str, Any], tiny_folder: Path) -> None:
     [application] = yaml.safe_load(spec["serveConfigV2"])["applications"]
     args = application["args"]
     assert set(args) <= {field.name for field in fields(ServiceConfig)}
     # The model's folder is the cluster's; any will do to read the rest.
-    (tmp_path / "model").mkdir()
-    write_card(TINY, tmp_path / "model")
-    config = ServiceConfig.of_model(**{**args, "model": str(tmp_path / "model")})
+    config = ServiceConfig.of_model(**{**args, "model": str(tiny_folder)})
     assert config.engine.device == "cuda"
     assert config.batch_roots == ("s3://STUDIO-BUCKET/manifests/{tenant}",)
     assert config.input_roots("web")[1] == "s3://STUDIO-BUCKET/manifests/web"
