@@ -10,7 +10,7 @@ from typing import Any, Literal
 from echovideo.errors import RequestError
 from echovideo.request import RenderRequest, Tier
 
-NUMERICS_VERSION = 3
+NUMERICS_VERSION = 4
 """Raised with every change that moves a pixel at the exact tier, so that no older video is taken for a newer one."""
 
 AVAILABLE_TIERS: tuple[Tier, ...] = ("exact",)

@@ -81,8 +81,13 @@ EndpointUrl = Annotated[
 Device = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option(help="Where to render; auto takes a GPU if there is one.")
 ]
-Size = Annotated[str, typer.Option(help="WIDTHxHEIGHT, or wide, standard, square, portrait, tall.")]
-Frames = Annotated[int | None, typer.Option(help="Frames: 9, 17, 25, 33, 41 or 49.")]
+Size = Annotated[
+    str | None,
+    typer.Option(help="WIDTHxHEIGHT, wide, standard, square, portrait or tall; by default as the model was trained."),
+]
+Frames = Annotated[
+    int | None, typer.Option(help="Frames: 9, 17, 25, 33, 41 or 49; by default as the model was trained.")
+]
 Seconds = Annotated[float | None, typer.Option(help="Length instead of --frames.")]
 Steps = Annotated[int, typer.Option(help="Denoising steps.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
@@ -103,10 +108,7 @@ def render(
         "video.mp4"
     ),
     model: Model = "tiny",
-    size: Annotated[
-        str | None,
-        typer.Option(help="WIDTHxHEIGHT, wide, standard, square, portrait or tall; by default as trained."),
-    ] = None,
+    size: Size = None,
     frames: Frames = None,
     seconds: Seconds = None,
     steps: Steps = 50,
@@ -526,7 +528,7 @@ def batch_run(
     several_faces: Annotated[
         Literal["largest", "reject"], typer.Option(help="In a photo of several people, take the largest or refuse.")
     ] = "largest",
-    size: Size = "wide",
+    size: Size = None,
     frames: Frames = None,
     seconds: Seconds = None,
     steps: Steps = 50,

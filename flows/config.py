@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from echovideo.errors import RunError
 from echovideo.model.card import ModelCard, folder_digest, read_card
+from echovideo.model.config import TransformerConfig, read_config
 from echovideo.request import FacePolicy
 from echovideo.settings import Device, EngineSettings
 from flows import DEFAULT_MODELS
@@ -77,8 +78,15 @@ def plan_run(manifest: str, output: str, model: str, settings: BatchSettings) ->
     )
     validate(draft)
     folder = find_model(model, Path(settings.models))
+    trained = TransformerConfig.from_dict(read_config(folder / "transformer"))
     return with_identities(
-        replace(draft, model=str(folder), model_digest=folder_digest(folder), card=read_card(folder))
+        replace(
+            draft,
+            model=str(folder),
+            model_digest=folder_digest(folder),
+            card=read_card(folder),
+            defaults=settings.defaults.of_model(trained),
+        )
     )
 
 

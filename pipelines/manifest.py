@@ -6,7 +6,7 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from pyarrow import types
 
 from echovideo.errors import EchoVideoError, RequestError, RunError
+from echovideo.model.config import TransformerConfig
 from echovideo.request import (
     DEFAULT_FPS,
     DEFAULT_GUIDANCE,
@@ -102,8 +103,11 @@ COLUMNS = (
     ),
     text_column("negative_prompt", "What to steer away from; default empty."),
     _integer("seed", pa.int64(), f"Seed of the noise, 0 to 2^63-1; default {DEFAULT_SEED}."),
-    text_column("size", f"WIDTHxHEIGHT in pixels, multiples of 16, or one of {', '.join(SIZES)}; default wide."),
-    _integer("num_frames", pa.int32(), f"Frames: 8k+1, 9 to {MAX_FRAMES}; default {MAX_FRAMES}."),
+    text_column(
+        "size",
+        f"WIDTHxHEIGHT in pixels, multiples of 16, or one of {', '.join(SIZES)}; default as the model was trained.",
+    ),
+    _integer("num_frames", pa.int32(), f"Frames: 8k+1, 9 to {MAX_FRAMES}; default as the model was trained."),
     _number("seconds", "Length instead of num_frames, rounded to the nearest allowed number of frames."),
     _integer("fps", pa.int32(), f"Frames per second, 1 to 60; default {DEFAULT_FPS}."),
     _integer("num_inference_steps", pa.int32(), f"Denoising steps, 1 to 1000; default {DEFAULT_STEPS}."),
@@ -131,11 +135,14 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Defaults:
-    """What a row gets for each optional column it leaves out or null. `num_frames` and `seconds` are not both set."""
+    """What a row gets for each optional column it leaves out or null. `num_frames` and `seconds` are not both set.
+
+    No size and no length stand for the published model's.
+    """
 
     negative_prompt: str = ""
     seed: int = DEFAULT_SEED
-    size: str = "wide"
+    size: str | None = None
     num_frames: int | None = None
     seconds: float | None = None
     fps: int = DEFAULT_FPS
@@ -147,6 +154,15 @@ class Defaults:
     face_similarity: float | None = None
     tries: int = 1
     tags: Mapping[str, str] = field(default_factory=dict)
+
+    def of_model(self, trained: TransformerConfig) -> Defaults:
+        """Return them with the size and length that a model was trained on, where none were given."""
+        given = self.num_frames is not None or self.seconds is not None
+        return replace(
+            self,
+            size=self.size or next(iter(trained.sizes)),
+            num_frames=self.num_frames if given else trained.sample_frames,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -278,7 +294,7 @@ def _request(row: dict[str, Any], defaults: Defaults) -> RenderRequest:
     if "prompt" not in row:
         raise RequestError("prompt is missing; say what the person does", code="invalid_prompt")
     values: dict[str, Any] = {name: row.get(name, getattr(defaults, name, None)) for name in _DIRECT_FIELDS}
-    height, width = parse_size(row.get("size", defaults.size))
+    height, width = parse_size(row.get("size", defaults.size or next(iter(SIZES))))
     tags = dict(row.get("tags", ()))
     for name, value in tags.items():
         if value is None:

@@ -119,7 +119,7 @@ class ServiceConfig:
             model=self.model,
             model_digest=self.model_digest,
             card=self.card,
-            defaults=defaults,
+            defaults=defaults.of_model(self.transformer),
             uri_policy=policy,
             storage=self.storage,
             engine=self.engine,

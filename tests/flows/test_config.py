@@ -45,6 +45,13 @@ def test_plan_run_same_parameters_are_the_same_run_and_others_another(
     assert (first.ray_address, first.model) == ("local", str(models / "tiny-3"))
 
 
+def test_plan_run_without_size_and_length_takes_those_of_the_model(
+    manifest: Path, models: Path, tmp_path: Path
+) -> None:
+    config, _ = plan_run(str(manifest), str(tmp_path / "out"), "tiny", settings(models))
+    assert (config.defaults.size, config.defaults.num_frames) == ("96x96", 17)
+
+
 def test_plan_run_bad_manifest_is_refused_before_the_model_is_looked_for(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"no Parquet")
     with pytest.raises(RunError) as refusal:

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from echovideo.errors import RequestError
+from echovideo.model.config import TransformerConfig
 from echovideo.request import RenderRequest
 from pipelines.manifest import (
     SCHEMA,
@@ -90,6 +91,23 @@ def test_manifest_written_reads_back_the_same_requests(root: StoragePath) -> Non
     )
     write_manifest(requests, root / "m.parquet")
     assert read(root / "m.parquet").requests == requests
+
+
+@pytest.mark.parametrize(
+    ("given", "shape"),
+    [
+        ({}, (96, 64, 17)),
+        ({"size": "64x32"}, (64, 32, 17)),
+        ({"num_frames": 25}, (96, 64, 25)),
+        ({"seconds": 0.5}, (96, 64, 9)),
+    ],
+)
+def test_manifest_defaults_of_a_model_stand_in_for_size_and_length_alone(
+    given: dict[str, Any], shape: tuple[int, int, int], tmp_path: Path
+) -> None:
+    defaults = Defaults(**given).of_model(TransformerConfig(sample_height=8, sample_width=12, sample_frames=17))
+    (request,) = read(write(tmp_path, [row("default")]), defaults).requests
+    assert (request.width, request.height, request.num_frames) == shape
 
 
 def test_manifest_defaults_fill_nulls_and_rows_win(tmp_path: Path) -> None:

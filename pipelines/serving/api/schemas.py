@@ -91,7 +91,7 @@ class BatchCreate(_Asked):
     manifest: Annotated[
         str, Field(min_length=1, description="Path or s3:// address; relative ones lie in the tenant's inputs/.")
     ]
-    size: Annotated[str, Field(description=f"{_SIZE_TEXT}; default wide.")] = "wide"
+    size: Annotated[str | None, Field(description=f"{_SIZE_TEXT}; default as the model was trained.")] = None
     seconds: float | None = None
     num_frames: int | None = None
     fps: int = DEFAULT_FPS
