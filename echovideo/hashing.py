@@ -27,6 +27,16 @@ def uniform(seeds: Tensor, count: int, stream: int) -> Tensor:
     goes on into the streams that follow.
     """
     counter = torch.arange(count, device=seeds.device, dtype=torch.int64) + (stream << 12)
+    return _uniform(seeds, counter)
+
+
+def first_uniform(seeds: Tensor, streams: range) -> Tensor:
+    """Return what `uniform` gives first of each stream of a range, for each int64 seed of (B,): (B, len(streams))."""
+    counter = torch.arange(streams.start, streams.stop, streams.step, device=seeds.device, dtype=torch.int64) << 12
+    return _uniform(seeds, counter)
+
+
+def _uniform(seeds: Tensor, counter: Tensor) -> Tensor:
     mixed = hashed(hashed(seeds)[:, None] + hashed(counter * _STRIDE))
     return (mixed >> 8).float() / 2**24
 

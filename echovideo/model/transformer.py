@@ -22,12 +22,20 @@ from echovideo_kernels import (
     FOLDED_SCALE,
     attention,
     folded_query_scale,
+    linear,
     linear_gelu,
     modulated_norm,
     modulated_norm_,
     qk_norm_rope,
     qk_norm_rope_,
 )
+
+
+class Linear(nn.Linear):
+    """A linear layer of all tokens, which sums its bias's gradient over very many rows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -90,10 +98,10 @@ class JointAttention(nn.Module):
         dim = config.inner_dim
         self.norm_q = nn.LayerNorm(config.attention_head_dim, eps=1e-6)
         self.norm_k = nn.LayerNorm(config.attention_head_dim, eps=1e-6)
-        self.to_q = nn.Linear(dim, dim, bias=config.attention_bias)
-        self.to_k = nn.Linear(dim, dim, bias=config.attention_bias)
-        self.to_v = nn.Linear(dim, dim, bias=config.attention_bias)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_q = Linear(dim, dim, bias=config.attention_bias)
+        self.to_k = Linear(dim, dim, bias=config.attention_bias)
+        self.to_v = Linear(dim, dim, bias=config.attention_bias)
+        self.to_out = nn.ModuleList([Linear(dim, dim)])
 
     def forward(self, x_BND: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         q, k, v = (proj(x_BND).unflatten(-1, (self.num_heads, -1)) for proj in (self.to_q, self.to_k, self.to_v))
@@ -116,7 +124,7 @@ class JointAttention(nn.Module):
 class _GeluProjection(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim, 4 * dim)
+        self.proj = Linear(dim, 4 * dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
@@ -129,7 +137,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.net = nn.ModuleList([_GeluProjection(dim), nn.Identity(), nn.Linear(4 * dim, dim)])
+        self.net = nn.ModuleList([_GeluProjection(dim), nn.Identity(), Linear(4 * dim, dim)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.net:

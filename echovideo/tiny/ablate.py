@@ -14,6 +14,7 @@ import hashlib
 import json
 import multiprocessing
 import sys
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,6 +32,7 @@ from echovideo.evaluation.claims import PEOPLE, Arm
 from echovideo.evaluation.networks import load_judges
 from echovideo.evaluation.page import write_page
 from echovideo.faces.recogniser import load_recogniser
+from echovideo.model.transformer import EchoVideoTransformer3DModel
 from echovideo.results import machine_name, write_results
 from echovideo.tiny import shipped
 from echovideo.tiny.diffusion import Course, ModelSettings, base_stage, draw_world, identity_stages
@@ -158,14 +160,19 @@ class Bench:
         )
 
     def _train(self, settings: ArmSettings, seed: int) -> Path:
-        model = shipped.load_transformer(self.folder).to(self.device, torch.bfloat16)
+        done = self.folder
+        model = shipped.load_transformer(done).to(self.device, torch.bfloat16)
         for stage in settings.stages:
-            self.course.take(model, replace(stage, seed=seed))
+            # Arms that begin with the same stage share it.
+            taken = json.dumps([done.name, replace(stage, seed=seed).numbers()])
+            done = self.folder / "stages" / hashlib.sha256(taken.encode()).hexdigest()[:16]
+            if any(done.glob(f"{_BASE}.*")):
+                model = shipped.load_transformer(done).to(self.device, torch.bfloat16)
+            else:
+                self.course.take(model, replace(stage, seed=seed))
+                _save(model, done)
         self.course.whitening.fold(model.face_prj_wofc.proj_in)
-        trained = self.folder / "models" / f"{settings.arm}-{seed}"
-        trained.mkdir(parents=True, exist_ok=True)
-        shipped.save("transformer", model, trained)
-        return trained
+        return _save(model, self.folder / "models" / f"{settings.arm}-{seed}")
 
     def _generate(self, model: Path, settings: ArmSettings, cases: Sequence[Case], strength: float) -> Tensor:
         assert cases is self.exam.expected.cases
@@ -201,6 +208,16 @@ def write_findings(folder: Path, commit: str | None) -> None:
     plan = Plan(**json.loads((folder / _PLAN).read_text()))
     write_page(runs, PEOPLE, folder / "ablation.html")
     write_results("ablation", rows(runs), folder, machine=plan.machine, commit=commit)
+
+
+def _save(model: EchoVideoTransformer3DModel, folder: Path) -> Path:
+    """Write the model into a folder, whole or not at all: another process may be at the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        shipped.save(_BASE, model, Path(unfinished))
+        for file in Path(unfinished).iterdir():
+            file.replace(folder / file.name)
+    return folder
 
 
 def _record(folder: Path, seed: int, arm: Arm) -> Path:

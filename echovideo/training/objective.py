@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from echovideo.errors import TrainingError
-from echovideo.hashing import normal, uniform
+from echovideo.hashing import first_uniform, normal
 from echovideo.model.rotary import rotary_tables
 from echovideo.model.transformer import EchoVideoTransformer3DModel
 from echovideo.sampler import Scheduler
@@ -58,16 +58,8 @@ class Draws:
 def draw(batch: TrainingBatch, num_timesteps: int, settings: StageSettings) -> Draws:
     """Draw the batch's random numbers, of each example from its own seed: no example's depend on its neighbours."""
     seeds = batch.seed_B
-    timestep, text, identity, condition, face_latent = (
-        uniform(seeds, 1, stream)[:, 0]
-        for stream in (
-            Stream.TIMESTEP,
-            Stream.TEXT_DROPOUT,
-            Stream.IDENTITY_DROPOUT,
-            Stream.CONDITION_DROPOUT,
-            Stream.FACE_LATENT_DROPOUT,
-        )
-    )
+    streams = range(Stream.TIMESTEP, Stream.FACE_LATENT_DROPOUT + 1)
+    timestep, text, identity, condition, face_latent = first_uniform(seeds, streams).unbind(1)
     drops_both = condition < settings.condition_dropout
     drops_face_latent = {"off": 1.0, "drop": settings.face_latent_dropout, "on": 0.0}[settings.face_latent]
     latents, face = batch.latents_BFCHW, batch.face_mean_BCHW

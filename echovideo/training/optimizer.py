@@ -69,7 +69,9 @@ class MasterAdamW:
         rate = self._settings.rate(step)
         keep = self._average_share(step)
         for names in self._chunks():
-            chunk = [gradients[name].float() for name in names]
+            given = [gradients[name] for name in names]
+            chunk = [torch.empty_like(gradient, dtype=torch.float32) for gradient in given]
+            torch._foreach_copy_(chunk, given)
             masters = [_local(self.masters[name]) for name in names]
             # One for each tensor, because the operator counts them all up.
             updates = list(self.updates.expand(len(names)).clone().unbind())

@@ -1,4 +1,4 @@
-"""Linear layers with GELU in the product's epilogue, and row-wise FP8 ones with their quantisation."""
+"""Linear layers: for training, with GELU in the product's epilogue, and row-wise FP8 ones with their quantisation."""
 
 from __future__ import annotations
 
@@ -7,11 +7,27 @@ from typing import Any, no_type_check
 import torch
 import torch.nn.functional as F
 
-from echovideo_kernels._triton import jit, tl
+from echovideo_kernels._triton import jit, tl, triton
 from echovideo_kernels.dispatch import options, serves
 
 _FLOAT8_MAX = 448.0
 _MIN_SCALE = 1e-30  # Keeps a row of zeros from a division by zero.
+
+
+def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+    """Return x W^T + b, (..., O) for x (..., I), as PyTorch does; a trained bias gets its gradient by `column_sum`."""
+    if bias_O is None or not (bias_O.requires_grad and torch.is_grad_enabled()):
+        return F.linear(x, weight_OI, bias_O)
+    out: torch.Tensor = _BiasGradient.apply(F.linear(x, weight_OI, bias_O.detach()), bias_O)  # type: ignore[no-untyped-call]
+    return out
+
+
+def column_sum(x_RO: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the rows, (O,) in x's dtype, summed in float32 in an order that only the shape decides."""
+    if not serves("column_sum", x_RO, len(x_RO)):
+        return x_RO.sum(dim=0)
+    total_O: torch.Tensor = _column_sum(x_RO)
+    return total_O
 
 
 def linear_gelu(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor) -> torch.Tensor:
@@ -134,6 +150,55 @@ def linear_float8_reference(
     """Do what `linear_float8` does in plain PyTorch, in float32."""
     x, weight = x_float8.float() * x_scale[..., None], weight_float8_OI.float() * weight_scale_O[:, None]
     return F.linear(x, weight, bias_O.float()).to(torch.bfloat16)
+
+
+class _BiasGradient(torch.autograd.Function):
+    """Gives a bias the gradient of a product to which it was added; it keeps nothing for that."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, bias_O: torch.Tensor) -> torch.Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return dout, column_sum(dout.reshape(-1, dout.shape[-1]))
+
+
+@torch.library.custom_op("echovideo::column_sum", mutates_args=())
+def _column_sum(x_RO: torch.Tensor) -> torch.Tensor:
+    return _launch_column_sum(x_RO)
+
+
+@_column_sum.register_fake
+def _(x_RO: torch.Tensor) -> torch.Tensor:
+    return x_RO.new_empty(x_RO.shape[1:])
+
+
+def _launch_column_sum(x_RO: torch.Tensor, config: dict[str, int] | None = None) -> torch.Tensor:
+    config = dict(config or options("column_sum", x_RO))
+    x_RO = x_RO if x_RO.stride(1) == 1 else x_RO.contiguous()
+    num_rows, width = x_RO.shape
+    columns = triton.cdiv(width, config["COLUMNS"])
+    parts = max(1, min(config.pop("PROGRAMS") // columns, triton.cdiv(num_rows, config["ROWS"])))
+    sums_PO = x_RO.new_empty((parts, width), dtype=torch.float32)
+    _column_sum_kernel[columns, parts](x_RO, sums_PO, num_rows, x_RO.stride(0), WIDTH=width, **config)
+    return sums_PO.sum(dim=0).to(x_RO.dtype)
+
+
+@jit
+@no_type_check
+def _column_sum_kernel(
+    x_ptr, sums_ptr, num_rows, row_stride, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    # A program sums every so-many-th tile of ROWS rows and COLUMNS features.
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in tl.range(tl.program_id(1) * ROWS, num_rows, tl.num_programs(1) * ROWS, num_stages=3):
+        row = first + tl.arange(0, ROWS)
+        at = row.to(tl.int64)[:, None] * row_stride + column[None, :]
+        mask = (row < num_rows)[:, None] & (column < WIDTH)[None, :]
+        total += tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(sums_ptr + tl.program_id(1) * WIDTH + column, tl.sum(total, axis=0), mask=column < WIDTH)
 
 
 @torch.library.custom_op("echovideo::linear_gelu", mutates_args=())

@@ -485,7 +485,9 @@ def _num_programs(num_tokens: int, num_text: int, config: dict[str, int]) -> int
 
 
 def _fitted(config: dict[str, int], dim: int) -> dict[str, int]:
-    return {**config, "CHUNK": min(config["CHUNK"], triton.next_power_of_2(dim))}
+    """Return the options with tiles no wider than a row: what that leaves of a tile is filled with further rows."""
+    chunk = min(config["CHUNK"], triton.next_power_of_2(dim))
+    return {**config, "CHUNK": chunk, "ROWS": min(config["TOKENS"], config["ROWS"] * config["CHUNK"] // chunk)}
 
 
 @torch.library.custom_op("echovideo::modulated_norm", mutates_args=())

@@ -1,4 +1,4 @@
-"""Linear layers with GELU or in FP8: the references, the kernel's machine code, and all of it on a GPU."""
+"""Linear layers, with GELU or in FP8 too: the references, the kernel's machine code, and all of it on a GPU."""
 
 import importlib
 import math
@@ -8,9 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from echovideo_kernels import gelu_float8, linear_float8, linear_gelu, quantize_rows
+from echovideo_kernels import column_sum, gelu_float8, linear, linear_float8, linear_gelu, quantize_rows
 from echovideo_kernels.linear import linear_float8_reference, linear_gelu_reference
-from tests.kernels.comparing import float8_error, random, relative_error, traced_operators
+from tests.kernels.comparing import (
+    errors_from_float64,
+    float8_error,
+    random,
+    relative_error,
+    traced_operators,
+)
 from tests.kernels.compiling import compile_for_hopper, launched
 
 module = importlib.import_module("echovideo_kernels.linear")
@@ -23,6 +29,19 @@ def inputs(
     x = random(*rows, width, dtype=dtype, device=device)
     weight = (random(outputs, width, device=device, seed=1) / width**0.5).to(dtype)
     return [x, weight, random(outputs, dtype=dtype, device=device, seed=2)]
+
+
+@pytest.mark.parametrize("trained", ["x, weight and bias", "weight and bias", "x"])
+def test_linear_on_the_cpu_is_pytorchs_with_gradients_to_the_bit(trained: str) -> None:
+    tensors = inputs(2, 5, width=16, outputs=24)
+    for tensor, name in zip(tensors, ("x", "weight", "bias"), strict=True):
+        tensor.requires_grad_(name in trained)
+    leaves = [tensor for tensor in tensors if tensor.requires_grad]
+    dy = random(2, 5, 24, seed=3)
+    ours, theirs = linear(*tensors), F.linear(*tensors)
+    assert torch.equal(ours, theirs)
+    gradients = (torch.autograd.grad(out, leaves, dy) for out in (ours, theirs))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_linear_gelu_on_the_cpu_is_the_tanh_form() -> None:
@@ -120,6 +139,18 @@ def test_kernel_production_shape_compiles_for_hopper_within_its_registers(
     assert compiled.spills == 0
 
 
+@pytest.mark.parametrize("width", [256, 3072, 12288])
+def test_column_sum_kernel_compiles_for_hopper_within_its_registers(
+    width: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    x = torch.empty(20896, width, dtype=torch.bfloat16, device="meta")
+    launch = launched(monkeypatch, module, "_column_sum_kernel", lambda: module._launch_column_sum(x))
+    compiled = compile_for_hopper(module._column_sum_kernel, *launch, folder=tmp_path)
+    assert compiled.registers <= 64
+    assert compiled.stack == 0
+    assert compiled.spills == 0
+
+
 SHAPES = [((1,), 16, 32), ((2, 131), 3072, 12288), ((77,), 80, 48)]
 
 
@@ -201,3 +232,23 @@ def test_float8_feed_forward_on_gpu_compiled_and_in_a_graph_matches_eager_bitwis
         out = feed_forward(x)
     graph.replay()
     assert torch.equal(out, eager)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(70656, 256), (21122, 3072), (4097, 80)], ids=str)
+def test_column_sum_on_gpu_errs_at_most_a_rounding_and_repeats_to_the_bit(shape: tuple[int, int]) -> None:
+    x = 1 + random(*shape, dtype=torch.bfloat16, device="cuda")
+    total = column_sum(x)
+    assert relative_error(total, x.double().sum(0)) < 2e-3
+    assert torch.equal(column_sum(x), total)
+
+
+@pytest.mark.gpu
+def test_linear_on_gpu_over_many_rows_errs_no_more_than_pytorch() -> None:
+    tensors = inputs(33, 276, width=256, outputs=1024, dtype=torch.bfloat16, device="cuda")
+    grads = [random(33, 276, 1024, dtype=torch.bfloat16, device="cuda", seed=3)]
+    ours, theirs = (
+        errors_from_float64(lambda *x, f=function: (f(*x),), lambda *x: (F.linear(*x),), tensors, grads)
+        for function in (linear, F.linear)
+    )
+    assert all(a <= 1.01 * b for a, b in zip(ours, theirs, strict=True))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from echovideo.errors import TrainingError
 from echovideo.evaluation.ablation import read_runs
 from echovideo.evaluation.cases import drawn_cases
+from echovideo.evaluation.claims import Arm
 from echovideo.evaluation.networks import AttributeJudge, IdentityJudge, Judges
 from echovideo.faces.recogniser import load_recogniser
 from echovideo.synthetic.person import SPLITS
@@ -18,6 +20,7 @@ from echovideo.tiny.diffusion import Course, ModelSettings
 from echovideo.tiny.generate import generate
 from echovideo.tiny.scoring import Exam
 from echovideo.tiny.world import Encoders, World
+from echovideo.training.batch import NullCondition
 
 CPU = torch.device("cpu")
 
@@ -53,6 +56,24 @@ def test_arms_of_a_plan_take_its_steps_the_longest_first(plan: Plan) -> None:
     arms = arms_of(plan)
     assert next(iter(arms)) == "exposure_matched"
     assert {arm.steps for name, arm in arms.items() if name != "exposure_matched"} == {plan.steps}
+
+
+def test_arms_that_begin_with_the_same_stage_train_it_once_and_to_the_same_end(
+    folder: Path, plan: Plan, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    null = NullCondition(text_1ND=world.text_NCTD[:1, 0], face_tokens_1ND=world.tokens_NPTD[:1, 0])
+
+    def train(folder: Path, arm: Arm) -> tuple[bytes, list[str]]:
+        bench = Bench(folder=folder, plan=plan, course=Course(world, null, 0.7), exam=None, device=CPU)  # type: ignore[arg-type]
+        model = bench._train(arms_of(plan)[arm], 1)
+        told = capsys.readouterr().out.splitlines()
+        return (model / "transformer.safetensors").read_bytes(), [line.partition(":")[0] for line in told]
+
+    alone, stages = train(folder, "full")
+    assert stages == ["stage_one", "stage_two"]
+    shutil.copy(folder / "transformer.safetensors", tmp_path)
+    assert train(tmp_path, "exposure_matched")[1] == ["stage_one", "stage_two"]
+    assert train(tmp_path, "full") == (alone, ["stage_two"])
 
 
 def test_arm_trained_scored_packed_and_unpacked_is_the_same_run(

@@ -1,4 +1,4 @@
-"""The quantising kernel itself, run by Triton's interpreter, against float64."""
+"""The quantising and the summing kernel themselves, run by Triton's interpreter, against float64."""
 
 import importlib
 import math
@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from echovideo_kernels.linear import gelu_float8, quantize_rows
-from tests.kernels.comparing import float8_error, random, relative_error
+from echovideo_kernels.linear import column_sum, gelu_float8, linear, quantize_rows
+from tests.kernels.comparing import errors_from_float64, float8_error, random, relative_error
 from tests.kernels.interpreted._float8 import convert_as_hardware_does
 
 module = importlib.import_module("echovideo_kernels.linear")
@@ -74,3 +74,34 @@ def test_quantize_kernel_compiled_whole_matches_eager_bitwise() -> None:
 def test_quantize_kernel_width_it_cannot_take_is_refused() -> None:
     with pytest.raises(ValueError, match="1 to 16384 features, not 16400"):
         quantize_rows(random(1, 16400))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-7), (torch.float16, 6e-4)])
+@pytest.mark.parametrize("shape", [(1, 1), (37, 80), (130, 272)], ids=str)
+def test_column_sum_kernel_odd_shapes_and_wider_rows_match_float64(
+    shape: tuple[int, int], dtype: torch.dtype, bound: float
+) -> None:
+    x = 1 + random(shape[0], 2 * shape[1], dtype=dtype)[:, : shape[1]]
+    for given in (x, x.t().contiguous().t()):
+        total = column_sum(given)
+        assert total.dtype == dtype
+        assert relative_error(total, x.double().sum(0)) < bound
+
+
+def test_column_sum_kernel_one_program_or_many_give_the_same_sums() -> None:
+    x = random(133, 48)
+    config = {"ROWS": 8, "COLUMNS": 16, "num_warps": 4}
+    for programs in (1, 9, 1000):
+        total = module._launch_column_sum(x, config | {"PROGRAMS": programs})
+        assert relative_error(total, x.double().sum(0)) < 5e-7
+
+
+def test_column_sum_operator_keeps_the_rules_of_operators() -> None:
+    torch.library.opcheck(module._column_sum, (random(5, 32),))
+
+
+def test_linear_with_the_kernel_matches_float64_with_gradients() -> None:
+    tensors = [random(3, 7, 32), random(48, 32, seed=1), random(48, seed=2)]
+    grads = [random(3, 7, 48, seed=3)]
+    errors = errors_from_float64(lambda *x: (linear(*x),), lambda *x: (F.linear(*x),), tensors, grads)
+    assert max(errors) < 3e-7
