@@ -40,6 +40,8 @@ from echovideo.tiny.scoring import Exam
 from echovideo.tiny.world import Encoders, World
 
 SEEDS = (1, 2)
+_PEOPLE = 24_576
+"""Enough for arms, which are trained for minutes, and drawn in one."""
 _PLAN, _WORLD, _RUNS = "plan.json", "world.pt", "runs"
 _BASE = "transformer"
 
@@ -65,7 +67,7 @@ def run_ablation(
     *,
     minutes: float,
     seeds: Sequence[int] = SEEDS,
-    people: int = ModelSettings(seconds=0).people,
+    people: int = _PEOPLE,
     recogniser: Path | None = None,
 ) -> None:
     """Train and score every arm that is not in the folder yet, each for `minutes` of this machine's steps.
