@@ -31,7 +31,7 @@ class ModelCard:
 
 
 TINY = ModelCard(
-    name="tiny-3",
+    name="tiny-4",
     licence="Apache-2.0",
     notice="This small model knows only a drawn world. Drawn people keep something of their faces in its videos; real "
     "people keep only their skin tone, about.",

@@ -42,7 +42,7 @@ def test_plan_run_same_parameters_are_the_same_run_and_others_another(
     other, _ = plan_run(str(manifest), str(tmp_path / "out"), "tiny", settings(models, defaults=Defaults(seed=7)))
     assert first == again
     assert first.run_id != other.run_id
-    assert (first.ray_address, first.model) == ("local", str(models / "tiny-3"))
+    assert (first.ray_address, first.model) == ("local", str(models / "tiny-4"))
 
 
 def test_plan_run_without_size_and_length_takes_those_of_the_model(
