@@ -84,6 +84,8 @@ def encode_mp4(frames_FHWC: NDArray[np.uint8], path: Path, *, fps: int, metadata
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.gop_size = fps
         stream.thread_count = _ENCODER_THREADS
+        # Not slices, PyAV's own choice: they cost quality, and a small picture has few.
+        stream.thread_type = "FRAME"
         stream.colorspace = Colorspace.ITU709
         stream.color_range = ColorRange.MPEG
         stream.color_primaries = ColorPrimaries.BT709

@@ -10,6 +10,7 @@ from benchmarks.common import OURS, Ceilings, Row, measured, medians, num_bytes,
 from benchmarks.peers import CONFIG, HEAD_DIM, LATENT_FRAMES, MAIN_SIZE, NUM_HEADS, NUM_TEXT, grid, num_tokens
 from echovideo.model.rotary import rotary_tables
 from echovideo_kernels import (
+    column_sum,
     folded_query_scale,
     gelu_float8,
     modulated_norm,
@@ -36,6 +37,7 @@ def measure(ceilings: Ceilings) -> Iterator[Row]:
     yield from _qk_norm_rope(ceilings)
     yield from _modulated_norm(ceilings)
     yield from _quantisation(ceilings)
+    yield from _column_sum(ceilings)
 
 
 def _compare(
@@ -175,3 +177,14 @@ def _applied(function: Callable[[torch.Tensor], object], x: torch.Tensor) -> Cal
 
 if __name__ == "__main__":
     run("elementwise", measure)
+
+
+def _column_sum(ceilings: Ceilings) -> Iterator[Row]:
+    x = torch.randn(LENGTH, 4 * CONFIG.inner_dim, device="cuda").bfloat16()
+    compiled = torch.compile(lambda x: x.sum(dim=0), dynamic=False)
+    functions: dict[str, Callable[[], object]] = {
+        OURS: lambda: column_sum(x),
+        "torch.compile": lambda: compiled(x),
+        "eager": lambda: x.sum(dim=0),
+    }
+    yield from _compare("column_sum", functions, num_bytes(x), float(x.numel()), ceilings)

@@ -48,7 +48,13 @@ def api(with_server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def post(api: httpx.Client, path: str, body: dict[str, Any]) -> Any:
-    answer = api.post(path, json=body)
+    """Return the answer's document; a busy server says 503, and is asked again, as Prefect's own client does."""
+
+    def answered() -> httpx.Response | None:
+        answer = api.post(path, json=body)
+        return None if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE else answer
+
+    answer = wait_for(answered, path)
     answer.raise_for_status()
     return answer.json()
 

@@ -474,6 +474,8 @@ def show(view: str, person: Person, photo: FilePayload, ids: list[str]) -> Page:
             page.get_by_role("button", name="Sign in").click()
         headings = {"link": "Sign in", "used-link": "This link is used up", "signed-out": "You are not signed in"}
         expect(page.get_by_role("heading", name=headings[view])).to_be_visible()
+        # A form's answer can be read before its style sheet is there.
+        page.wait_for_load_state()
         return page
     page = person.open(*ids) if view in ("takes", "confirm") else person.context.new_page()
     if view in ("new", "complaints"):
