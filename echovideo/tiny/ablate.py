@@ -40,8 +40,8 @@ from echovideo.tiny.scoring import Exam
 from echovideo.tiny.world import Encoders, World
 
 SEEDS = (1, 2)
-_PEOPLE = 24_576
-"""Enough for arms, which are trained for minutes, and drawn in one."""
+_PEOPLE = 49_152
+"""Enough for arms, which are trained for minutes."""
 _PLAN, _WORLD, _RUNS = "plan.json", "world.pt", "runs"
 _BASE = "transformer"
 
