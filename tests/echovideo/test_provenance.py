@@ -3,7 +3,7 @@ import json
 from echovideo.model.card import ModelCard
 from echovideo.provenance import container_metadata, sidecar_basis
 from echovideo.request import RenderRequest
-from echovideo.settings import EngineSettings
+from echovideo.settings import NUMERICS_VERSION, EngineSettings
 
 CARD = ModelCard(name="EchoVideo-5B", licence="CC BY-NC 4.0")
 REQUEST = RenderRequest(row_id="row-7", prompt="p" * 300, photo_uri="a.png", consent_id="c-1", tags={"client": "x"})
@@ -27,4 +27,4 @@ def test_sidecar_basis_holds_every_setting_and_reads_back_from_json() -> None:
     assert basis["request"]["consent_id"] == "c-1"
     assert basis["request"]["photo_sha256"] == "00"
     assert {"seed", "height", "width", "num_frames", "guidance_schedule", "tier"} <= set(basis["request"])
-    assert basis["engine"] == {"version": 3, "device": "cpu", "num_threads": 2}
+    assert basis["engine"] == {"version": NUMERICS_VERSION, "device": "cpu", "num_threads": 2}

@@ -136,7 +136,7 @@ def test_train_exports_the_weights_of_the_best_validation_and_not_the_last(
 
 
 def test_train_with_validation_takes_the_same_steps_to_the_bit(learnt: Learnt) -> None:
-    config = learnt.config(steps=3, validate_every=2, learning_rate=1e-2)
+    config = learnt.config(steps=3, validate_every=2, learning_rate=1e-3)
     model, dataset = Path(config.model), config.work / "dataset"
     texts = prompt_states(model, VALIDATION_PROMPTS, config.engine)
     assert {prompt: states.device.type for prompt, states in texts.items()} == {VALIDATION_PROMPTS[0]: "cpu"}

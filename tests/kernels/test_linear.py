@@ -139,7 +139,7 @@ def test_kernel_production_shape_compiles_for_hopper_within_its_registers(
     assert compiled.spills == 0
 
 
-@pytest.mark.parametrize("width", [256, 3072, 12288])
+@pytest.mark.parametrize("width", [256, 12288])
 def test_column_sum_kernel_compiles_for_hopper_within_its_registers(
     width: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
