@@ -31,11 +31,11 @@ from echovideo.request import (
     DEFAULT_FPS,
     DEFAULT_GUIDANCE,
     DEFAULT_STEPS,
-    MAX_FRAMES,
     GuidanceSchedule,
     check_num_frames,
     check_size,
     frames_for_seconds,
+    parse_size,
 )
 from echovideo.sampler import Scheduler, advance, decode, denoise_step, prepare
 
@@ -126,8 +126,8 @@ class EchoVideoPipeline:
         face_embedding: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
-        height: int = 480,
-        width: int = 848,
+        height: int | None = None,
+        width: int | None = None,
         num_frames: int | None = None,
         seconds: float | None = None,
         num_inference_steps: int = DEFAULT_STEPS,
@@ -141,16 +141,20 @@ class EchoVideoPipeline:
 
         Give `photo` (a file's path or bytes) or `face_image` (uint8 RGB (H, W, 3), aligned, background black) with
         `face_embedding` (1, width), raw; and `prompt` or `prompt_embeds` with `negative_prompt_embeds`, each
-        (1, 226, text_dim). Length is `num_frames` (8k+1, up to 49) or `seconds` at 16 fps. `generator` drives every
-        random number; without one the seed is random. `callback(step, timestep, latents)` runs after each step.
+        (1, 226, text_dim). Length is `num_frames` (8k+1, up to 49) or `seconds` at 16 fps; it and the size are as the
+        model was trained unless given. `generator` drives every random number; without one the seed is random.
+        `callback(step, timestep, latents)` runs after each step.
         Raises RequestError or PhotoRefusedError before any model runs where it can.
         """
+        trained = self.transformer.config
+        own_height, own_width = parse_size(trained.default_size)
+        height, width = own_height if height is None else height, own_width if width is None else width
         check_size(height, width)
         if num_frames is not None and seconds is not None:
             raise RequestError("give num_frames or seconds, not both", code="invalid_num_frames")
         if seconds is not None:
             num_frames = frames_for_seconds(seconds, DEFAULT_FPS)
-        num_frames = MAX_FRAMES if num_frames is None else num_frames
+        num_frames = trained.sample_frames if num_frames is None else num_frames
         check_num_frames(num_frames)
 
         if face_image is None or face_embedding is None:

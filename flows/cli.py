@@ -132,7 +132,7 @@ def render(
     with err.status("loading"):
         folder = find_model(model, models)
     trained = TransformerConfig.from_dict(read_config(folder / "transformer"))
-    height, width = parse_size(size) if size is not None else next(iter(trained.sizes.values()))
+    height, width = parse_size(trained.default_size if size is None else size)
     num_frames = trained.sample_frames if frames is None else frames
     if seconds is not None:
         num_frames = frames_for_seconds(seconds, fps)

@@ -36,6 +36,7 @@ from pipelines.storage import StoragePath
 MANIFEST_VERSION = 1
 """Version of the schema below, in the file's key-value metadata under VERSION_KEY; a file without it is version 1."""
 VERSION_KEY = b"echovideo.manifest_version"
+_PUBLISHED = TransformerConfig()
 
 
 class ManifestError(RunError):
@@ -160,7 +161,7 @@ class Defaults:
         given = self.num_frames is not None or self.seconds is not None
         return replace(
             self,
-            size=self.size or next(iter(trained.sizes)),
+            size=trained.default_size if self.size is None else self.size,
             num_frames=self.num_frames if given else trained.sample_frames,
         )
 
@@ -294,7 +295,7 @@ def _request(row: dict[str, Any], defaults: Defaults) -> RenderRequest:
     if "prompt" not in row:
         raise RequestError("prompt is missing; say what the person does", code="invalid_prompt")
     values: dict[str, Any] = {name: row.get(name, getattr(defaults, name, None)) for name in _DIRECT_FIELDS}
-    height, width = parse_size(row.get("size", defaults.size or next(iter(SIZES))))
+    height, width = parse_size(row.get("size", _PUBLISHED.default_size if defaults.size is None else defaults.size))
     tags = dict(row.get("tags", ()))
     for name, value in tags.items():
         if value is None:
@@ -318,7 +319,7 @@ def _num_frames(row: dict[str, Any], defaults: Defaults, fps: int) -> int:
         raise RequestError("give num_frames or seconds, not both", code="invalid_num_frames")
     if seconds is not None:
         return frames_for_seconds(seconds, fps)
-    return MAX_FRAMES if num_frames is None else num_frames
+    return _PUBLISHED.sample_frames if num_frames is None else num_frames
 
 
 def check_text(name: str, text: str) -> None:

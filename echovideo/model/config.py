@@ -74,6 +74,11 @@ class TransformerConfig:
         return {f"{width}x{height}": (height, width)}
 
     @property
+    def default_size(self) -> str:
+        """The name, of `sizes`, of what is rendered where nobody asks for a size."""
+        return next(iter(self.sizes))
+
+    @property
     def inner_dim(self) -> int:
         """Width of the transformer's hidden states."""
         return self.num_attention_heads * self.attention_head_dim

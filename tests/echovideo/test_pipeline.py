@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -95,3 +97,12 @@ def test_pipeline_fuses_once_a_half_however_many_steps(
 def test_pipeline_seconds_are_rounded_to_allowed_frames(pipeline: EchoVideoPipeline) -> None:
     frames = pipeline(**{**READY, "num_frames": None, "seconds": 1.0}, output_type="pt").frames
     assert frames.shape[1] == 17
+
+
+def test_pipeline_without_a_shape_takes_that_of_the_model(
+    pipeline: EchoVideoPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = replace(pipeline.transformer.config, sample_height=8, sample_width=12, sample_frames=9)
+    monkeypatch.setattr(pipeline.transformer, "config", trained)
+    call = {name: value for name, value in READY.items() if name not in ("height", "width", "num_frames")}
+    assert pipeline(**call, output_type="pt").frames.shape == (1, 9, 3, 64, 96)

@@ -135,12 +135,22 @@ def on_meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-@pytest.mark.parametrize(("case", "ceiling"), [("forward", 64), ("no-branch", 64), ("float8", 64), ("backward", 128)])
-def test_kernel_production_shape_compiles_for_hopper_within_its_registers(
-    case: str, ceiling: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("case", "dim", "ceiling"),
+    [
+        ("forward", 3072, 64),
+        ("no-branch", 3072, 64),
+        ("float8", 3072, 64),
+        ("backward", 3072, 128),
+        ("forward", 256, 64),
+        ("backward", 256, 128),
+    ],
+)
+def test_kernel_of_both_models_widths_compiles_for_hopper_within_its_registers(
+    case: str, dim: int, ceiling: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    x, weight = on_meta(2, 20896, 3072), on_meta(3072)
-    shift, scale, gate = on_meta(2, 2, 3, 3072).unbind(2)
+    x, weight = on_meta(2, 20896, dim), on_meta(dim)
+    shift, scale, gate = on_meta(2, 2, 3, dim).unbind(2)
     branch = (None, None) if case == "no-branch" else (x, gate)
     y_scale = on_meta(2, 20896, dtype=torch.float32) if case == "float8" else None
     y = x.to(torch.float8_e4m3fn) if case == "float8" else x

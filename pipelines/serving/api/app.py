@@ -108,7 +108,7 @@ async def options(service: ServiceHere, caller: Reader) -> Any:
         "num_frames": list(range(9, trained.sample_frames + 1, 8)),
         "tiers": list(AVAILABLE_TIERS),
         "guidance_schedules": list(get_args(GuidanceSchedule)),
-        "defaults": {**defaults, "size": next(iter(trained.sizes)), "num_frames": trained.sample_frames},
+        "defaults": {**defaults, "size": trained.default_size, "num_frames": trained.sample_frames},
         "require_consent": config.require_consent,
         "max_upload_bytes": MAX_UPLOAD_BYTES,
         "max_upload_pixels": MAX_UPLOAD_PIXELS,

@@ -18,7 +18,7 @@ from echovideo.request import (
     Tier,
 )
 
-_SIZE_TEXT = f"WIDTHxHEIGHT in pixels, multiples of 16, or one of {', '.join(SIZES)}"
+_SIZE_TEXT = f"WIDTHxHEIGHT in pixels, multiples of 16, or one of {', '.join(SIZES)}; by default as trained."
 
 
 class _Asked(BaseModel):
@@ -38,7 +38,7 @@ class VideoSettings(_Asked):
 
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS, pattern=r"\S")]
     model: Annotated[str | None, Field(description="The served model's name, if anything.")] = None
-    size: Annotated[str | None, Field(description=f"{_SIZE_TEXT}; by default the model's first.")] = None
+    size: Annotated[str | None, Field(description=_SIZE_TEXT)] = None
     seconds: Annotated[float | None, Field(description="Length, rounded to an allowed number of frames.")] = None
     num_frames: Annotated[
         int | None,
@@ -91,7 +91,7 @@ class BatchCreate(_Asked):
     manifest: Annotated[
         str, Field(min_length=1, description="Path or s3:// address; relative ones lie in the tenant's inputs/.")
     ]
-    size: Annotated[str | None, Field(description=f"{_SIZE_TEXT}; default as the model was trained.")] = None
+    size: Annotated[str | None, Field(description=_SIZE_TEXT)] = None
     seconds: float | None = None
     num_frames: int | None = None
     fps: int = DEFAULT_FPS

@@ -346,7 +346,7 @@ async def _accept(
 
 def _shape(trained: TransformerConfig, size: str | None, num_frames: int | None) -> tuple[int, int, int]:
     """Return height, width and frames; what is left out is as the model was trained."""
-    height, width = next(iter(trained.sizes.values())) if size is None else parse_size(size)
+    height, width = parse_size(trained.default_size if size is None else size)
     return height, width, trained.sample_frames if num_frames is None else num_frames
 
 

@@ -29,3 +29,8 @@ def test_sizes_of_the_published_model_are_the_five_named_ones() -> None:
 
 def test_sizes_of_a_smaller_model_are_its_own() -> None:
     assert TransformerConfig(sample_height=12, sample_width=20).sizes == {"160x96": (96, 160)}
+
+
+@pytest.mark.parametrize(("cells", "name"), [({}, "wide"), ({"sample_height": 12, "sample_width": 20}, "160x96")])
+def test_default_size_is_the_first_of_the_model_s_own(cells: dict[str, int], name: str) -> None:
+    assert TransformerConfig(**cells).default_size == name
