@@ -125,5 +125,6 @@ class Engine:
 
 def to_uint8(video_BFCHW: torch.Tensor) -> np.ndarray[Any, Any]:
     """Return one decoded video (1, F, 3, H, W) in [0, 1] as uint8 (F, H, W, 3) frames."""
-    frames: np.ndarray[Any, Any] = (video_BFCHW[0] * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return frames
+    # Laid out for the encoder on the device, where that costs nothing.
+    frames_FHWC = (video_BFCHW[0] * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return frames_FHWC.cpu().numpy()

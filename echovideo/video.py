@@ -8,6 +8,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -100,6 +101,12 @@ def encode_mp4(frames_FHWC: NDArray[np.uint8], path: Path, *, fps: int, metadata
 def decode_mp4(source: Path | bytes) -> NDArray[np.uint8]:
     """Return all frames of a video file, given by path or content, as uint8 RGB (F, H, W, 3); raises VideoError."""
     return _to_rgb(_decode(source))
+
+
+def first_frame(source: Path | bytes) -> NDArray[np.uint8]:
+    """Return the first frame (H, W, 3), as `decode_mp4` would give it, without decoding the others."""
+    frame_HWC: NDArray[np.uint8] = _to_rgb(_decode(source, 1))[0]
+    return frame_HWC
 
 
 def sample_mp4(source: Path | bytes, num_frames: int) -> NDArray[np.uint8]:
@@ -201,14 +208,14 @@ def _to_bt709(frame_HWC: NDArray[np.uint8], reformatter: VideoReformatter) -> Vi
     )
 
 
-def _decode(source: Path | bytes) -> list[VideoFrame]:
+def _decode(source: Path | bytes, at_most: int | None = None) -> list[VideoFrame]:
     name = f"of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     with (
         _codec_errors(f"cannot read the video {name}", code="video_unreadable"),
         av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), "r") as container,
     ):
         _check_has_pictures(container, name)
-        return list(container.decode(video=0))
+        return list(islice(container.decode(video=0), at_most))
 
 
 def _to_rgb(frames: Sequence[VideoFrame]) -> NDArray[np.uint8]:

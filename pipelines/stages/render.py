@@ -23,7 +23,7 @@ from echovideo.provenance import container_metadata, sidecar_basis
 from echovideo.request import RenderRequest
 from echovideo.settings import derived_seeds, video_key
 from echovideo.training.adapters import AdapterSlot
-from echovideo.video import Video, encode_mp4, sample_mp4
+from echovideo.video import Video, encode_mp4, first_frame
 from pipelines.config import RunConfig
 from pipelines.ledger import Claim, StoredVideo
 from pipelines.outcome import Ok, Rejected, RowOutcome
@@ -99,9 +99,9 @@ class RenderStage(Stage):
                 stored = self.ledger.put_video(
                     key, Path(best.video.uri), self._sidecar(row, identity, key, takes, best)
                 )
-                poster = sample_mp4(Path(best.video.uri), 1)[0]
+                poster = first_frame(Path(best.video.uri))
         else:
-            poster = sample_mp4(StoragePath.parse(stored.uri, self.config.storage).read_bytes(), 1)[0]
+            poster = first_frame(StoragePath.parse(stored.uri, self.config.storage).read_bytes())
         self.keep_picture("posters", row, poster)
         return row.ended(_outcome(row, stored, claim, reused=reused))
 

@@ -40,6 +40,7 @@ def test_engine_same_seed_gives_the_same_bytes_and_another_seed_others(engine: E
     first, second, other = (render(engine, condition, seed).frames_FHWC for seed in (1, 1, 2))
     assert first.shape == (9, 48, 32, 3)
     assert first.dtype == np.uint8
+    assert first.flags.c_contiguous
     assert np.array_equal(first, second)
     assert (first != other).mean() > 0.5
 

@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from echovideo.video import Video, VideoError, decode_mp4, encode_mp4, poster_jpeg, probe_mp4, sample_mp4
+from echovideo.video import Video, VideoError, decode_mp4, encode_mp4, first_frame, poster_jpeg, probe_mp4, sample_mp4
 
 FPS = 16
 
@@ -152,6 +152,7 @@ def test_sample_mp4_gives_evenly_spaced_frames_with_the_ends(tmp_path: Path) -> 
     encode_mp4(moving_picture(), tmp_path / "a.mp4", fps=FPS, metadata={})
     frames = decode_mp4(tmp_path / "a.mp4")
     assert np.array_equal(sample_mp4(tmp_path / "a.mp4", 5), frames[[0, 12, 24, 36, 48]])
+    assert np.array_equal(first_frame((tmp_path / "a.mp4").read_bytes()), frames[0])
 
 
 def test_poster_jpeg_is_a_small_picture_of_the_frame() -> None:
