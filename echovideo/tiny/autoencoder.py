@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLCogVideoX
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSpatialNorm3D
 from torch import Tensor
 
 from echovideo.conditioning import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
@@ -28,6 +29,7 @@ _EDGE_WEIGHT = 0.5
 _FACE_WEIGHT = 0.25
 # A draw takes as long as some steps, and a clip is cut anew each time that it is read.
 _DRAW_EVERY = 64
+_CHUNK = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,6 +219,43 @@ def reconstruct(vae: AutoencoderKLCogVideoX, video_BCFHW: Tensor) -> Tensor:
     mean = vae.encode(video_BCFHW.to(like)).latent_dist.mean
     decoded: Tensor = vae.decode(mean).sample.float().clamp(-1, 1)
     return decoded
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKLCogVideoX, videos_BCFHW: Iterable[Tensor]) -> None:
+    """Make the second moments of the latents' cells over these videos, -1 to 1, the identity; decoded pictures stay.
+
+    Diffusion adds the same noise to every number, and a direction of small deviation drowns in it. What is small in a
+    picture, a smile or a mole, lies in such directions. The encoder's last layer takes a linear map, and the layers of
+    the decoder that read latents its inverse. The mean is not taken out: the decoder pads latents with zeros. It stays
+    in one direction. The posterior's variances, which a map mixes, become their mean over the cells.
+    """
+    posteriors = [vae.encode(video.to(next(vae.parameters()))).latent_dist for video in videos_BCFHW]
+
+    def cells(latents: list[Tensor]) -> Tensor:
+        return torch.cat([one.double().transpose(0, 1).flatten(1) for one in latents], dim=1).T
+
+    latents_ND = cells([posterior.mean for posterior in posteriors])
+    moments_D, directions_DD = torch.linalg.eigh(latents_ND.T @ latents_ND / len(latents_ND))
+    inverse_DD = directions_DD * moments_D.sqrt()
+    whitening_DD = (directions_DD / moments_D.sqrt()).T
+    noise_D = whitening_DD.square() @ cells([posterior.var for posterior in posteriors]).mean(dim=0)
+
+    last, channels = vae.encoder.conv_out.conv, len(noise_D)
+    for wrote in (last.weight, last.bias):
+        wrote[:channels] = torch.einsum("ij,j...->i...", whitening_DD, wrote[:channels].double())
+    last.weight[channels:] = 0
+    last.bias[channels:] = noise_D.log()
+    norms = [layer for layer in vae.decoder.modules() if isinstance(layer, CogVideoXSpatialNorm3D)]
+    for layer in (vae.decoder.conv_in, *(one for norm in norms for one in (norm.conv_y, norm.conv_b))):
+        layer.conv.weight.copy_(torch.einsum("oj...,ji->oi...", layer.conv.weight.double(), inverse_DD))
+
+
+def drawn_videos(people: range, device: torch.device) -> Iterator[Tensor]:
+    """Yield clips of people, (B, 3, 17, 96, 96), -1 to 1."""
+    for start in range(0, len(people), _CHUNK):
+        seeds = people[start : start + _CHUNK]
+        yield _video(draw_clips(seeds, range(start, start + len(seeds)), device)[0])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,13 +19,23 @@ from echovideo.evaluation.cases import drawn_cases
 from echovideo.evaluation.networks import load_judges
 from echovideo.faces.recogniser import load_recogniser
 from echovideo.results import Row, machine_name, write_results
+from echovideo.synthetic.person import SPLITS
 from echovideo.tiny import shipped
-from echovideo.tiny.autoencoder import AutoencoderMeasures, AutoencoderSettings, measure_autoencoder, train_autoencoder
+from echovideo.tiny.autoencoder import (
+    AutoencoderMeasures,
+    AutoencoderSettings,
+    drawn_videos,
+    measure_autoencoder,
+    train_autoencoder,
+    whiten,
+)
 from echovideo.tiny.diffusion import ModelSettings, train_model
 from echovideo.tiny.parts import train_tokenizer
 from echovideo.tiny.scoring import Exam, measure_model
 from echovideo.tiny.towers import TowersSettings, measure_towers, train_towers
 from echovideo.tiny.world import Encoders
+
+_WHITENED_CLIPS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,13 +60,18 @@ def tokenizer(options: Options) -> Measures:
 
 
 def autoencoder(options: Options) -> Measures:
-    """Train the video autoencoder, going on from the shipped one if there is one."""
+    """Train the video autoencoder, going on from the shipped one if there is one, and whiten its latents.
+
+    In no minutes at all the shipped one is whitened and not trained.
+    """
     start = shipped.load_vae() if shipped.has("autoencoder") else None
     settings = AutoencoderSettings(seconds=options.seconds)
     if start:
         settings = replace(settings, phases=settings.phases[1:], learning_rate=settings.learning_rate / 2)
-    vae = train_autoencoder(settings, options.device, start)
-    found = measure_autoencoder(vae, options.device)
+    vae = train_autoencoder(settings, options.device, start) if options.seconds or not start else start
+    vae.to(options.device, torch.float32)
+    whiten(vae, drawn_videos(SPLITS["train"][:_WHITENED_CLIPS], options.device))
+    found = measure_autoencoder(vae.bfloat16(), options.device)
     shipped.save_vae(vae, scaling_factor=1 / found.latents_deviation, folder=options.out)
     return _told(found)
 

@@ -9,9 +9,18 @@ import pytest
 import torch
 
 from echovideo.tiny import autoencoder
-from echovideo.tiny.autoencoder import AutoencoderSettings, Phase, _backward, train_autoencoder
+from echovideo.tiny.autoencoder import (
+    AutoencoderSettings,
+    Phase,
+    _backward,
+    drawn_videos,
+    reconstruct,
+    train_autoencoder,
+    whiten,
+)
 from echovideo.tiny.parts import fresh_vae
 from echovideo.tiny.progress import timed_settings
+from echovideo.tiny.shipped import load_vae
 from echovideo.training.graphed import GraphedGradients
 from echovideo.training.optimizer import MasterAdamW
 
@@ -123,3 +132,18 @@ def test_train_autoencoder_decoder_alone_leaves_the_encoder_as_it_was(monkeypatc
     trained = train_autoencoder(settings, torch.device("cpu"), start, decoder_alone=True).state_dict()
     assert all(torch.equal(trained[name], tensor) for name, tensor in before.items() if name.startswith("encoder"))
     assert not torch.equal(trained["decoder.conv_out.conv.weight"], before["decoder.conv_out.conv.weight"])
+
+
+def test_whiten_makes_second_moments_the_identity_and_leaves_the_pictures() -> None:
+    vae = load_vae().requires_grad_(False)
+    (videos,) = (clips[:, :, :9] for clips in drawn_videos(range(2), torch.device("cpu")))
+    before = reconstruct(vae, videos)
+    for _ in range(2):  # What was whitened before can be whitened again.
+        whiten(vae, videos.split(1))
+        posterior = vae.encode(videos).latent_dist
+        latents_ND = posterior.mean.transpose(0, 1).flatten(1).T
+        assert (latents_ND.T @ latents_ND / len(latents_ND) - torch.eye(16)).abs().max() < 5e-3
+        # The noise that the decoder was trained to bear is a few hundredths of a direction's size.
+        assert posterior.std.min() > 1e-4
+        assert posterior.std.max() < 0.1
+        assert (reconstruct(vae, videos) - before).abs().max() < 1e-3
