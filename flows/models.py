@@ -9,7 +9,8 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from echovideo.errors import WeightsError
-from echovideo.model.card import PUBLISHED_LICENCE, PUBLISHED_MODEL, TINY, resolve_folder
+from echovideo.model.card import PUBLISHED_LICENCE, PUBLISHED_MODEL, resolve_folder
+from echovideo.tiny.folder import ensure_tiny
 from pipelines.resources import check_disk
 
 TINY_NAME = "tiny"
@@ -29,12 +30,6 @@ def find_model(model: str, models: Path) -> Path:
     Fetches nothing, so that nobody gets 40 GB and a licence by surprise. Raises WeightsError.
     """
     if model == TINY_NAME:
-        built = models.expanduser() / TINY.name
-        if built.is_dir():
-            return built.resolve()
-        # Building a model needs torch and transformers, which most commands never load.
-        from echovideo.tiny.folder import ensure_tiny
-
         return ensure_tiny(models.expanduser()).resolve()
     folder = Path(model).expanduser()
     if folder.is_dir():

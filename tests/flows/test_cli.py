@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from echovideo.tiny.folder import tiny_folder
 from flows.cli import app
 from tests.flows.conftest import ROOT
 
@@ -93,7 +94,7 @@ def test_doctor_folder_that_cannot_be_written_exits_1(tmp_path: Path) -> None:
 def test_models_pull_tiny_prints_its_folder(models: Path) -> None:
     result = CliRunner().invoke(app, ["models", "pull", "tiny", "--models", str(models), "--json"])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout) == {"folders": {"tiny": str(models / "tiny-4")}}
+    assert json.loads(result.stdout) == {"folders": {"tiny": str(tiny_folder(models))}}
 
 
 def test_models_pull_unreachable_hub_is_an_error_without_traceback() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from echovideo.errors import RunError, WeightsError
+from echovideo.tiny.folder import tiny_folder
 from flows.config import BatchSettings, plan_run
 from pipelines.manifest import Defaults
 from tests.flows.conftest import make_manifest
@@ -42,7 +43,7 @@ def test_plan_run_same_parameters_are_the_same_run_and_others_another(
     other, _ = plan_run(str(manifest), str(tmp_path / "out"), "tiny", settings(models, defaults=Defaults(seed=7)))
     assert first == again
     assert first.run_id != other.run_id
-    assert (first.ray_address, first.model) == ("local", str(models / "tiny-4"))
+    assert (first.ray_address, first.model) == ("local", str(tiny_folder(models)))
 
 
 def test_plan_run_without_size_and_length_takes_those_of_the_model(
