@@ -70,7 +70,8 @@ def check_num_frames(num_frames: int) -> None:
 
 
 def frames_for_seconds(seconds: float, fps: int = DEFAULT_FPS) -> int:
-    """Return the allowed frame count nearest to `seconds` at `fps`; raises RequestError beyond 49 frames."""
+    """Return the allowed frame count nearest to `seconds` at `fps`, 1 to 60; raises RequestError beyond 49 frames."""
+    _check_range("fps", fps, 1, 60)
     wanted = seconds * fps
     if not 0 < wanted <= MAX_FRAMES + 4:
         raise RequestError(

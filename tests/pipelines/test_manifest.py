@@ -175,6 +175,7 @@ def test_manifest_from_other_writers_types_is_accepted(tmp_path: Path) -> None:
         ({"face_similarity": 1.5}, "invalid_face_similarity"),
         ({"seed": -1}, "invalid_seed"),
         ({"fps": 0}, "invalid_fps"),
+        ({"fps": 0, "seconds": 1.0}, "invalid_fps"),
         ({"tries": 0}, "invalid_tries"),
         ({"num_inference_steps": 0}, "invalid_num_inference_steps"),
         ({"guidance_schedule": "none"}, "invalid_guidance_schedule"),
