@@ -101,6 +101,13 @@ def test_https_host_must_be_listed_as_it_is_written(uri: str) -> None:
     assert "is not allowed (allowed: h)" in refusal(uri, UriPolicy(https_hosts=("h",)))
 
 
+@pytest.mark.parametrize(
+    "uri", ["https://[::1/a.jpg", "https://h\u2100/a.jpg", "file://[/a.jpg", "https://h/\u00e9.jpg"]
+)
+def test_address_that_cannot_be_read_is_refused(uri: str) -> None:
+    assert uri in refusal(uri, UriPolicy(roots=("/",), https_hosts=("h",)))
+
+
 @pytest.mark.parametrize("uri", ["s3://other/a.jpg", "s3://b", "s3://b/", "s3://b/../other/a.jpg", "s3://b/a\r\nb"])
 def test_s3_address_outside_the_buckets_is_refused(uri: str) -> None:
     refusal(uri, UriPolicy(s3_buckets=("b",)))
@@ -150,6 +157,8 @@ class _Photos(http.server.BaseHTTPRequestHandler):
                 self._answer(302, location="http://localhost/photo.jpg")
             case "/loop":
                 self._answer(302, location="/loop")
+            case "/malformed":
+                self._answer(302, location="https://[::1/photo.jpg")
             case "/endless":
                 self.send_response(200)
                 self.end_headers()
@@ -232,6 +241,7 @@ def test_https_photo_is_read_and_a_redirect_within_the_host_followed(
     [
         ("/away", "uri_not_allowed", "host '127.0.0.1:1' is not allowed"),
         ("/plain", "uri_not_allowed", "scheme 'http'"),
+        ("/malformed", "photo_unreachable", "Invalid IPv6 URL"),
         ("/loop", "photo_unreachable", "redirects more than"),
         ("/endless", "photo_too_large", "larger than 1000000 bytes"),
         ("/short", "photo_unreachable", "could not be read|bytes early"),
