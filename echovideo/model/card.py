@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 
 from echovideo.errors import WeightsError
 
@@ -60,7 +61,7 @@ def resolve_folder(folder_or_hub_id: str | Path) -> Path:
         raise WeightsError(f"there is no model folder {name}")
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.onnx", "*.pth"]))
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         raise WeightsError(f"{name} is no local folder, and could not be fetched from the hub: {error}") from error
 
 

@@ -60,9 +60,10 @@ def test_plan_run_bad_manifest_is_refused_before_the_model_is_looked_for(tmp_pat
     assert refusal.value.code == "manifest"
 
 
-def test_plan_run_unknown_model_is_an_error(manifest: Path, models: Path, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="there is no model folder /nowhere"):
-        plan_run(str(manifest), str(tmp_path / "out"), "/nowhere", settings(models))
+@pytest.mark.parametrize("model", ["/nowhere", "my models/EchoVideo", "owner/name/more"])
+def test_plan_run_unknown_model_is_an_error(model: str, manifest: Path, models: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=f"there is no model folder {model}"):
+        plan_run(str(manifest), str(tmp_path / "out"), model, settings(models))
 
 
 def test_plan_run_cluster_without_a_device_asks_for_one(manifest: Path, models: Path, tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ def test_folder_without_a_part_is_refused_by_its_name(copy: Path, part: str) -> 
 def test_folder_of_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="there is no model folder"):
         resolve_folder(tmp_path / "nothing")
+    with pytest.raises(WeightsError, match="my models/EchoVideo is no local folder"):
+        resolve_folder("my models/EchoVideo")
 
 
 def test_digest_changes_with_any_byte_and_not_with_hidden_files(copy: Path) -> None:
