@@ -269,7 +269,7 @@ def train(
         str | None, typer.Option(help="Local folder for data and training; OUTPUT/training/NAME by default.")
     ] = None,
     allow_root: Annotated[
-        list[str] | None, typer.Option(help="Folder or s3://bucket for footage, beside the manifest's own.")
+        list[str] | None, typer.Option(help="Folder or s3://bucket/prefix for footage, beside the manifest's own.")
     ] = None,
     endpoint_url: EndpointUrl = None,
     models: ModelsFolder = DEFAULT_MODELS,
@@ -538,7 +538,7 @@ def batch_run(
     face_similarity: Annotated[float | None, typer.Option(help="Similarity to the photo a video must reach.")] = None,
     tries: Annotated[int, typer.Option(help="Seeds to spend on reaching it.")] = 1,
     allow_root: Annotated[
-        list[str] | None, typer.Option(help="Folder or s3://bucket for photos, beside the manifest's own.")
+        list[str] | None, typer.Option(help="Folder or s3://bucket/prefix for photos, beside the manifest's own.")
     ] = None,
     allow_host: Annotated[list[str] | None, typer.Option(help="https host that photos may come from.")] = None,
     endpoint_url: EndpointUrl = None,

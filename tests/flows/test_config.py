@@ -8,8 +8,9 @@ import pytest
 
 from echovideo.errors import RunError, WeightsError
 from echovideo.tiny.folder import tiny_folder
-from flows.config import BatchSettings, plan_run
+from flows.config import BatchSettings, plan_run, policy_for
 from pipelines.manifest import Defaults
+from pipelines.storage import StoragePath
 from tests.flows.conftest import make_manifest
 
 
@@ -31,8 +32,13 @@ def test_plan_run_photo_outside_the_manifest_s_folder_is_refused_unless_allowed(
     config, checked = plan_run(str(manifest), str(tmp_path / "out"), "tiny", allowed)
     assert [request.row_id for request in checked.requests] == ["one"]
     assert config.uri_policy.roots == (str(tmp_path), str(photos))
-    assert config.uri_policy.s3_buckets == ("faces",)
+    assert config.uri_policy.s3_buckets == ("faces/studio",)
     assert config.uri_policy.https_hosts == ("photos.example",)
+
+
+def test_policy_of_a_manifest_on_s3_allows_its_bucket_and_of_others_what_was_named() -> None:
+    policy = policy_for(StoragePath.parse("s3://own/manifests/a.parquet"), ("s3://faces/studio/",), ())
+    assert policy.s3_buckets == ("own", "faces/studio")
 
 
 def test_plan_run_same_parameters_are_the_same_run_and_others_another(
