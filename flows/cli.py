@@ -104,9 +104,9 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 def render(
     photo: Photo,
     prompt: Annotated[str, typer.Argument(help="What the person does.")],
-    out_path: Annotated[Path, typer.Option("--out", help="The MP4; its sidecar is written beside it as .json.")] = Path(
-        "video.mp4"
-    ),
+    out_path: Annotated[
+        Path, typer.Option("--out", dir_okay=False, help="The MP4; its sidecar is written beside it as .json.")
+    ] = Path("video.mp4"),
     model: Model = "tiny",
     size: Size = None,
     frames: Frames = None,
@@ -129,6 +129,8 @@ def render(
 
     if frames is not None and seconds is not None:
         raise typer.BadParameter("give --frames or --seconds, not both")
+    if out_path.suffix == ".json":
+        raise typer.BadParameter(f"--out {out_path} is where the sidecar goes; name it .mp4")
     with err.status("loading"):
         folder = find_model(model, models)
     trained = TransformerConfig.from_dict(read_config(folder / "transformer"))
@@ -192,7 +194,9 @@ def render(
 @app.command()
 def identity(
     photo: Photo,
-    out_path: Annotated[Path, typer.Option("--out", help="The picture, PNG or JPEG.")] = Path("identity.png"),
+    out_path: Annotated[Path, typer.Option("--out", dir_okay=False, help="The picture, .png or .jpg.")] = Path(
+        "identity.png"
+    ),
     model: Model = "tiny",
     several_faces: Annotated[
         Literal["largest", "reject"], typer.Option(help="Take the largest of several faces, or refuse.")
@@ -207,6 +211,8 @@ def identity(
     from echovideo.faces.picture import draw_identity
     from flows.models import find_model
 
+    if out_path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise typer.BadParameter(f"--out {out_path} is neither .png nor .jpg")
     content = photo.read_bytes()
     seen = FaceAnalyzer(open_pack(find_model(model, models) / "face_encoder")).analyze(content, policy=several_faces)
     out_path.parent.mkdir(parents=True, exist_ok=True)

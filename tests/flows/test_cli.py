@@ -61,6 +61,17 @@ def test_identity_portrait_draws_picture_and_numbers(photos: Path, models: Path,
         assert picture.height == 512
 
 
+@pytest.mark.parametrize(("command", "name"), [(["render", "waves"], "a.json"), (["identity"], "a.txt")])
+def test_out_that_cannot_hold_the_result_is_refused_first(
+    command: list[str], name: str, photos: Path, tmp_path: Path
+) -> None:
+    for out, words in ((tmp_path / name, f"--out {tmp_path / name} is "), (tmp_path, "is a directory")):
+        arguments = [command[0], str(photos / "astronaut.png"), *command[1:], "--out", str(out)]
+        result = CliRunner().invoke(app, arguments, env={"COLUMNS": "500"})
+        assert result.exit_code == 2
+        assert words in result.stderr
+
+
 def test_identity_photo_of_nobody_is_refused_with_reason(photos: Path, models: Path, tmp_path: Path) -> None:
     out = tmp_path / "seen.png"
     result = CliRunner().invoke(
