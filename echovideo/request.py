@@ -82,6 +82,14 @@ def frames_for_seconds(seconds: float, fps: int = DEFAULT_FPS) -> int:
     return min(range(9, MAX_FRAMES + 1, 8), key=lambda n: abs(n - wanted))
 
 
+def check_text(name: str, text: str) -> None:
+    """Raise RequestError for a text that was made of bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{name} is not valid UTF-8", code=f"invalid_{name}") from error
+
+
 def check_identity_name(name: str) -> None:
     """Raise RequestError `invalid_identity_lora` unless an identity can be registered under this name."""
     if not _IDENTITY_NAME.fullmatch(name):
@@ -136,6 +144,7 @@ class RenderRequest:
                 raise RequestError(
                     f"{name} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS}", code="invalid_prompt"
                 )
+            check_text(name, text)
         check_size(self.height, self.width)
         check_num_frames(self.num_frames)
         _check_range("seed", self.seed, 0, 2**63 - 1)

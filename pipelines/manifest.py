@@ -26,6 +26,7 @@ from echovideo.request import (
     GuidanceSchedule,
     RenderRequest,
     Tier,
+    check_text,
     frames_for_seconds,
     parse_size,
 )
@@ -320,14 +321,6 @@ def _num_frames(row: dict[str, Any], defaults: Defaults, fps: int) -> int:
     if seconds is not None:
         return frames_for_seconds(seconds, fps)
     return _PUBLISHED.sample_frames if num_frames is None else num_frames
-
-
-def check_text(name: str, text: str) -> None:
-    """Raise RequestError for a cell whose bytes were no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"{name} is not valid UTF-8", code=f"invalid_{name}") from error
 
 
 def _is_row_id(row_id: str) -> bool:
