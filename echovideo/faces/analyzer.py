@@ -380,7 +380,7 @@ def _reduced(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     scale = MAX_DETECTION_SIDE / max(height, width)
     if scale >= 1:
         return image
-    size = int(width * scale), int(height * scale)
+    size = max(1, int(width * scale)), max(1, int(height * scale))
     return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_LANCZOS4), dtype=np.uint8)
 
 

@@ -23,6 +23,8 @@ Detections = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 _WEIGHTS = Path(__file__).parent / "weights" / "mtcnn.safetensors"
 _COMFORTABLE_SIDE = 256
+# A ribbon's short side holds no face, and its long side would become gigabytes.
+_MOST_ENLARGED = 8
 _PYRAMID_FACTOR = 0.709
 _PNET_WINDOW, _PNET_STRIDE = 12, 2
 _PNET_THRESHOLD, _RNET_THRESHOLD = 0.6, 0.7
@@ -93,8 +95,8 @@ class MtcnnDetector(nn.Module):
 
     `score_threshold` is the last network's face probability: 0.95 loses turned faces, 0.7 lets false ones through.
     `min_face` is the smallest face looked for, in pixels; time grows as its inverse square. Frames whose shorter side
-    is under 256 px are enlarged a whole number of times first, which finds 98 instead of 96 of 100 faces at 112 px.
-    Raises WeightsError if the weights file is missing.
+    is under 256 px are enlarged a whole number of times first, at most 8, which finds 98 instead of 96 of 100 faces at
+    112 px. Raises WeightsError if the weights file is missing.
     """
 
     taskname = "detection"
@@ -140,7 +142,7 @@ class MtcnnDetector(nn.Module):
     @torch.inference_mode()
     def detect_batch(self, frames: NDArray[np.uint8]) -> list[Detections]:
         """Return the faces of each RGB frame of (F, H, W, 3), best score first."""
-        enlarge = max(1, math.ceil(_COMFORTABLE_SIDE / min(frames.shape[1:3])))
+        enlarge = min(_MOST_ENLARGED, max(1, math.ceil(_COMFORTABLE_SIDE / min(frames.shape[1:3]))))
         size = frames.shape[2] * enlarge, frames.shape[1] * enlarge
         enlarged = [
             cv2.resize(frame, size, interpolation=cv2.INTER_CUBIC) if enlarge > 1 else frame for frame in frames

@@ -152,6 +152,13 @@ def test_analyze_without_a_face_is_refused(analyzer: FaceAnalyzer) -> None:
         analyzer.analyze(_png(skimage.data.coffee()))
     assert refusal.value.code == "no_face"
     assert refusal.value.numbers == {"faces": 0}
+    assert pickle.loads(pickle.dumps(refusal.value)).code == "no_face"
+
+
+@pytest.mark.parametrize("shape", [(64, 70_000, 3), (70_000, 64, 3)])
+def test_analyze_of_a_photo_as_long_as_a_ribbon_is_refused(shape: tuple[int, ...], analyzer: FaceAnalyzer) -> None:
+    with pytest.raises(PhotoRefusedError, match="no face"):
+        analyzer.analyze(_png(np.zeros(shape, dtype=np.uint8)))
 
 
 def test_analyze_of_a_small_face_is_refused(analyzer: FaceAnalyzer) -> None:
