@@ -48,9 +48,7 @@ class RunConfig:
     @property
     def run_id(self) -> str:
         """The digest of what decides the outcomes: the same manifest and settings are the same run, and resume it."""
-        decides = {
-            name: value for name, value in self.to_record().items() if name in _DECIDING and name != "manifest_digest"
-        }
+        decides = {name: value for name, value in self.to_record().items() if name in _DECIDING}
         if self.identities:
             decides["identities"] = {name: card.sha256 for name, card in self.identities.items()}
         return run_id_for(self.manifest_digest, decides)
@@ -97,7 +95,6 @@ class RunConfig:
 
 
 _DECIDING = {
-    "manifest_digest",
     "model_digest",
     "defaults",
     "uri_policy",

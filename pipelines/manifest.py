@@ -129,7 +129,10 @@ COLUMNS = (
     ),
 )
 SCHEMA = pa.schema(
-    [pa.field(column.name, column.type, nullable=not column.required) for column in COLUMNS],
+    [
+        pa.field(column.name, column.type, nullable=not column.required, metadata={"doc": column.meaning})
+        for column in COLUMNS
+    ],
     metadata={VERSION_KEY: str(MANIFEST_VERSION).encode()},
 )
 """The schema that `write_manifest` writes and `read_manifest` reads; column order does not matter."""
@@ -194,11 +197,6 @@ class Manifest:
     digest: str
     requests: tuple[RenderRequest, ...]
     refusals: tuple[Refusal, ...]
-
-
-def schema_table() -> list[tuple[str, str, bool, str]]:
-    """Return (column, type, required, meaning) rows for the documentation."""
-    return [(column.name, str(column.type), column.required, column.meaning) for column in COLUMNS]
 
 
 def read_manifest(

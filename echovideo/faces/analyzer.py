@@ -192,18 +192,6 @@ class FaceAnalyzer:
             pack=self.pack.name,
         )
 
-    def analyze_batch(
-        self, photos: Sequence[bytes], *, policy: FacePolicy = "largest"
-    ) -> list[Identity | PhotoRefusedError]:
-        """Return each photo's identity, or the refusal that `analyze` would raise for it, in order."""
-        outcomes: list[Identity | PhotoRefusedError] = []
-        for photo in photos:
-            try:
-                outcomes.append(self.analyze(photo, policy=policy))
-            except PhotoRefusedError as refusal:
-                outcomes.append(refusal)
-        return outcomes
-
     def analyze_frames(self, frames: NDArray[np.uint8]) -> list[FrameFace | None]:
         """Return the largest face of each RGB frame of (F, H, W, 3), None where there is none."""
         return [next(iter(faces), None) for faces in self._frame_faces(frames, 1)]

@@ -53,11 +53,6 @@ class FacePack:
     recogniser: ArcFaceONNX
     parser: FaceParser
 
-    @property
-    def embedding_width(self) -> int:
-        """Numbers in an embedding: 512 published, 128 embedded."""
-        return int(self.recogniser.output_shape[-1])
-
 
 def open_pack(folder: Path) -> FacePack:
     """Load a `face_encoder` folder, published or embedded by its content; raises WeightsError naming a missing file."""

@@ -215,18 +215,6 @@ def test_align_face_puts_the_points_near_the_published_template() -> None:
     assert aligned.shape == (512, 512, 3)
 
 
-def test_analyze_batch_keeps_the_order_and_returns_refusals(
-    analyzer: FaceAnalyzer, identities: Mapping[str, Identity], photos: Mapping[str, bytes]
-) -> None:
-    first, second, third = analyzer.analyze_batch([photos["hopper"], b"nothing", photos["collins"]])
-    assert isinstance(first, Identity)
-    assert isinstance(third, Identity)
-    np.testing.assert_array_equal(first.embedding, identities["hopper"].embedding)
-    np.testing.assert_array_equal(third.embedding, identities["collins"].embedding)
-    assert isinstance(second, PhotoRefusedError)
-    assert pickle.loads(pickle.dumps(second)).code == "not_an_image"
-
-
 def test_compare_of_frames_of_the_same_person_beats_other_people(
     analyzer: FaceAnalyzer, identities: Mapping[str, Identity], photos: Mapping[str, bytes]
 ) -> None:
