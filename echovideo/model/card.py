@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from echovideo.errors import WeightsError
+from echovideo.model.config import read_json
 
 PUBLISHED_MODEL = "bytedance-research/EchoVideo"
 PUBLISHED_LICENCE = "CC BY-NC 4.0"
@@ -41,9 +42,12 @@ TINY = ModelCard(
 
 
 def read_card(folder: Path) -> ModelCard:
-    """Return the folder's model card."""
+    """Return the folder's model card; raises WeightsError for one that this release cannot read."""
     path = folder / "model_card.json"
-    return ModelCard(**json.loads(path.read_text())) if path.is_file() else ModelCard()
+    try:
+        return ModelCard(**read_json(path)) if path.is_file() else ModelCard()
+    except TypeError as error:
+        raise WeightsError(f"{path} is no model card of this release: {error}") from None
 
 
 def write_card(card: ModelCard, folder: Path) -> None:
