@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,12 +17,12 @@ import safetensors.numpy
 from insightface.utils.face_align import norm_crop
 from numpy.typing import NDArray
 
-from echovideo.errors import PhotoRefusedError, RequestError
+from echovideo.errors import PhotoRefusedError
 from echovideo.faces.mtcnn import Detections, MtcnnDetector
 from echovideo.faces.packs import EMBEDDED_KIND, FacePack
 from echovideo.faces.photo import decode_photo
 from echovideo.faces.templates import ALIGNED_POINTS, FACE_SIDE, RECOGNITION_SIDE
-from echovideo.request import FacePolicy
+from echovideo.request import FacePolicy, check_choice
 
 MAX_DETECTION_SIDE = 1024
 
@@ -153,8 +153,7 @@ class FaceAnalyzer:
         Raises PhotoRefusedError with the code `not_an_image`, `too_large`, `too_small` (photo or face), `no_face`,
         `several_faces` (`policy` "reject": another face is large enough to be meant), `face_turned` or `blurred`.
         """
-        if policy not in get_args(FacePolicy):
-            raise RequestError(f"policy {policy!r} is not one of {', '.join(get_args(FacePolicy))}")
+        check_choice("policy", policy, FacePolicy)
         pixels = decode_photo(photo)
         reduced = _reduced(pixels)
         boxes, points = self.pack.detector.detect(np.ascontiguousarray(reduced[:, :, ::-1]))
