@@ -790,7 +790,7 @@ def _print_run(ledger: Ledger, config: RunConfig, num_rows: int, *, json: bool) 
     if shown:
         out.print(rows_table(shown), soft_wrap=False)
         if len(troubled) > len(shown):
-            out.print(f"[dim]and {len(troubled) - len(shown)} more without a video[/dim]")
+            out.print(f"and {len(troubled) - len(shown)} more without a video", style="dim")
         out.print()
     state = Text.assemble(
         f"{num_rows} row{'s' if num_rows != 1 else ''}: ",
