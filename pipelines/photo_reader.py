@@ -201,7 +201,7 @@ def _allowed_file(uri: str, policy: UriPolicy) -> Path:
         _refuse(uri, "it is no absolute path")
     path = os.path.realpath(uri_path)
     if not any(path.startswith(os.path.realpath(root).rstrip("/") + "/") for root in policy.roots):
-        _refuse(uri, f"{path} is in no allowed folder{_listed(policy.roots)}")
+        _refuse(uri, f"{path!r} is in no allowed folder{_listed(policy.roots)}")
     return Path(path)
 
 

@@ -67,6 +67,9 @@ def test_photo_behind_a_link_out_of_the_root_is_refused(roots: UriPolicy, tmp_pa
     (tmp_path / "photos" / "folder").symlink_to(tmp_path)
     assert "is in no allowed folder" in refusal(f"{tmp_path}/photos/link.jpg", roots)
     assert "is in no allowed folder" in refusal(f"{tmp_path}/photos/folder/secret.jpg", roots)
+    # A ledger holds UTF-8, and a file's name any bytes.
+    (tmp_path / "photos" / "bytes.jpg").symlink_to(tmp_path / "\udcff.jpg")
+    assert refusal(f"{tmp_path}/photos/bytes.jpg", roots).encode()
 
 
 def test_photo_too_large_missing_or_no_file_is_a_typed_error(roots: UriPolicy, tmp_path: Path) -> None:
