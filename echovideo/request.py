@@ -71,8 +71,8 @@ def check_num_frames(num_frames: int) -> None:
 
 def check_sampling(num_inference_steps: int, guidance_scale: float, guidance_schedule: str) -> None:
     """Raise RequestError unless there are 1 to 1000 steps, a scale from 1 to 30, and a known schedule."""
-    _check_range("num_inference_steps", num_inference_steps, 1, 1000)
-    _check_range("guidance_scale", guidance_scale, 1.0, 30.0)
+    check_range("num_inference_steps", num_inference_steps, 1, 1000)
+    check_range("guidance_scale", guidance_scale, 1.0, 30.0)
     check_choice("guidance_schedule", guidance_schedule, GuidanceSchedule)
 
 
@@ -84,7 +84,7 @@ def check_choice(name: str, value: str, choices: Any) -> None:
 
 def frames_for_seconds(seconds: float, fps: int = DEFAULT_FPS) -> int:
     """Return the allowed frame count nearest to `seconds` at `fps`, 1 to 60; raises RequestError beyond 49 frames."""
-    _check_range("fps", fps, 1, 60)
+    check_range("fps", fps, 1, 60)
     wanted = seconds * fps
     if not 0 < wanted <= MAX_FRAMES + 4:
         raise RequestError(
@@ -160,14 +160,14 @@ class RenderRequest:
             check_text(name, text)
         check_size(self.height, self.width)
         check_num_frames(self.num_frames)
-        _check_range("seed", self.seed, 0, 2**63 - 1)
-        _check_range("fps", self.fps, 1, 60)
+        check_range("seed", self.seed, 0, 2**63 - 1)
+        check_range("fps", self.fps, 1, 60)
         check_sampling(self.num_inference_steps, self.guidance_scale, self.guidance_schedule)
-        _check_range("tries", self.tries, 1, 16)
+        check_range("tries", self.tries, 1, 16)
         if self.identity_lora is not None:
             check_identity_name(self.identity_lora)
         if self.face_similarity is not None:
-            _check_range("face_similarity", self.face_similarity, -1.0, 1.0)
+            check_range("face_similarity", self.face_similarity, -1.0, 1.0)
         check_choice("tier", self.tier, Tier)
 
     @property
@@ -176,6 +176,7 @@ class RenderRequest:
         return self.height, self.width, self.num_frames
 
 
-def _check_range(name: str, value: float, low: float, high: float) -> None:
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise RequestError unless the value is from `low` to `high`, both included."""
     if not low <= value <= high:
         raise RequestError(f"{name} {value} is outside {low:g} to {high:g}", code=f"invalid_{name}")
