@@ -361,14 +361,19 @@ def identities_delete(
     json: Json = False,
 ) -> None:
     """Delete an identity, and what it was learnt from and in OUTPUT/training; its videos stay with their runs."""
+    from echovideo.request import check_identity_name
     from pipelines.identities import Identities
     from pipelines.storage import StorageOptions, StoragePath
 
     root = StoragePath.parse(output, StorageOptions(endpoint_url=endpoint_url))
     if not yes:
         typer.confirm(f"Delete identity {name}, and its training in {root}?", abort=True, err=True)
-    Identities(root).delete(name)
-    (root / "training" / name).delete_tree()
+    check_identity_name(name)
+    identities, training = Identities(root), root / "training" / name
+    # Of a training that was never finished there is footage, and no identity.
+    if name in identities.names() or not training.list_names():
+        identities.delete(name)
+    training.delete_tree()
     if json:
         print_json({"name": name, "deleted": True})
     else:

@@ -127,3 +127,14 @@ def test_batch_command_output_without_runs_says_so(command: str, tmp_path: Path)
     result = CliRunner().invoke(app, ["batch", command, str(tmp_path)])
     assert result.exit_code == 1
     assert f"Error [no_run] there is no run under {tmp_path}" in result.stderr
+
+
+def test_identities_delete_takes_the_footage_of_a_training_that_never_ended(tmp_path: Path) -> None:
+    shard = tmp_path / "training" / "ann" / "data" / "shard"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(b"faces")
+    arguments = ["identities", "delete", str(tmp_path), "ann", "--yes"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr
+    assert not shard.exists()
+    assert "Error [unknown_identity]" in CliRunner().invoke(app, arguments).stderr
