@@ -32,7 +32,9 @@ from echovideo.request import (
     DEFAULT_GUIDANCE,
     DEFAULT_STEPS,
     GuidanceSchedule,
+    check_choice,
     check_num_frames,
+    check_sampling,
     check_size,
     frames_for_seconds,
     parse_size,
@@ -156,6 +158,8 @@ class EchoVideoPipeline:
             num_frames = frames_for_seconds(seconds, DEFAULT_FPS)
         num_frames = trained.sample_frames if num_frames is None else num_frames
         check_num_frames(num_frames)
+        check_sampling(num_inference_steps, guidance_scale, guidance_schedule)
+        check_choice("output_type", output_type, OutputType)
 
         if face_image is None or face_embedding is None:
             face_image, face_embedding = self._identify(photo, face_image, face_embedding)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from echovideo.errors import RequestError
 
@@ -69,8 +69,22 @@ def check_num_frames(num_frames: int) -> None:
         )
 
 
+def check_sampling(num_inference_steps: int, guidance_scale: float, guidance_schedule: str) -> None:
+    """Raise RequestError unless there are 1 to 1000 steps, a scale from 1 to 30, and a known schedule."""
+    check_range("num_inference_steps", num_inference_steps, 1, 1000)
+    check_range("guidance_scale", guidance_scale, 1.0, 30.0)
+    check_choice("guidance_schedule", guidance_schedule, GuidanceSchedule)
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Raise RequestError unless the value is one of a Literal's."""
+    if value not in get_args(choices):
+        raise RequestError(f"{name} {value!r} is not one of {', '.join(get_args(choices))}", code=f"invalid_{name}")
+
+
 def frames_for_seconds(seconds: float, fps: int = DEFAULT_FPS) -> int:
-    """Return the allowed frame count nearest to `seconds` at `fps`; raises RequestError beyond 49 frames."""
+    """Return the allowed frame count nearest to `seconds` at `fps`, 1 to 60; raises RequestError beyond 49 frames."""
+    check_range("fps", fps, 1, 60)
     wanted = seconds * fps
     if not 0 < wanted <= MAX_FRAMES + 4:
         raise RequestError(
@@ -79,6 +93,14 @@ def frames_for_seconds(seconds: float, fps: int = DEFAULT_FPS) -> int:
             code="invalid_num_frames",
         )
     return min(range(9, MAX_FRAMES + 1, 8), key=lambda n: abs(n - wanted))
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise RequestError for a text that was made of bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{name} is not valid UTF-8", code=f"invalid_{name}") from error
 
 
 def check_identity_name(name: str) -> None:
@@ -135,23 +157,18 @@ class RenderRequest:
                 raise RequestError(
                     f"{name} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS}", code="invalid_prompt"
                 )
+            check_text(name, text)
         check_size(self.height, self.width)
         check_num_frames(self.num_frames)
-        _check_range("seed", self.seed, 0, 2**63 - 1)
-        _check_range("fps", self.fps, 1, 60)
-        _check_range("num_inference_steps", self.num_inference_steps, 1, 1000)
-        _check_range("guidance_scale", self.guidance_scale, 1.0, 30.0)
-        _check_range("tries", self.tries, 1, 16)
+        check_range("seed", self.seed, 0, 2**63 - 1)
+        check_range("fps", self.fps, 1, 60)
+        check_sampling(self.num_inference_steps, self.guidance_scale, self.guidance_schedule)
+        check_range("tries", self.tries, 1, 16)
         if self.identity_lora is not None:
             check_identity_name(self.identity_lora)
         if self.face_similarity is not None:
-            _check_range("face_similarity", self.face_similarity, -1.0, 1.0)
-        for name, value, allowed in (
-            ("tier", self.tier, get_args(Tier)),
-            ("guidance_schedule", self.guidance_schedule, get_args(GuidanceSchedule)),
-        ):
-            if value not in allowed:
-                raise RequestError(f"{name} {value!r} is not one of {', '.join(allowed)}", code=f"invalid_{name}")
+            check_range("face_similarity", self.face_similarity, -1.0, 1.0)
+        check_choice("tier", self.tier, Tier)
 
     @property
     def bucket(self) -> tuple[int, int, int]:
@@ -159,6 +176,7 @@ class RenderRequest:
         return self.height, self.width, self.num_frames
 
 
-def _check_range(name: str, value: float, low: float, high: float) -> None:
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise RequestError unless the value is from `low` to `high`, both included."""
     if not low <= value <= high:
         raise RequestError(f"{name} {value} is outside {low:g} to {high:g}", code=f"invalid_{name}")

@@ -41,8 +41,8 @@ def write_results(
 ) -> Path:
     """Print the rows, write them to <benchmark>.json in `folder`, and return its path.
 
-    `packages` are those whose versions matter. `commit` names the measured code where it is no git checkout. With
-    `keeps_others`, rows of other names that the file has stay in it.
+    `packages` are those whose versions matter. `commit` names the measured code; without one it is the git checkout's,
+    or the installed release's version. With `keeps_others`, rows of other names that the file has stay in it.
     """
     for row in rows:
         bar = "" if row.floor is None else f"  bar {row.floor:g}"
@@ -79,4 +79,9 @@ def machine_name(device: torch.device | str) -> str:
 
 def _head() -> str:
     command = ["git", "rev-parse", "HEAD"]
-    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        # Installed, and no checkout.
+        return f"echovideo {version('echovideo')}"
+    return done.stdout.strip()

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from echovideo.errors import RequestError
-from echovideo.request import RenderRequest, Tier
+from echovideo.request import RenderRequest, Tier, check_choice, check_range
 
 NUMERICS_VERSION = 4
 """Raised with every change that moves a pixel at the exact tier, so that no older video is taken for a newer one."""
@@ -40,11 +40,15 @@ class EngineSettings:
     """How a model is run, whatever it is asked for: bfloat16 on CUDA, float32 on CPU.
 
     `num_threads` pins torch's CPU threads while rendering: float32 sums differ in their last bits between one and
-    two threads, so it is part of what decides the pixels.
+    two threads, so it is part of what decides the pixels. Raises RequestError for another device, or no thread.
     """
 
     device: Device = "cpu"
     num_threads: int = 2
+
+    def __post_init__(self) -> None:
+        check_choice("device", self.device, Device)
+        check_range("num_threads", self.num_threads, 1, 1024)
 
     @property
     def numerics(self) -> dict[str, Any]:

@@ -169,17 +169,6 @@ def poster_jpeg(frame_HWC: NDArray[np.uint8], *, max_side: int = 320) -> bytes:
     return buffer.getvalue()
 
 
-def probe_mp4(path: Path) -> Video:
-    """Return the record of a video file on disk without decoding its pictures; raises VideoError."""
-    with _codec_errors(f"cannot read the video {path}", code="video_unreadable"), av.open(str(path), "r") as container:
-        _check_has_pictures(container, str(path))
-        stream = container.streams.video[0]
-        num_frames = sum(packet.size > 0 for packet in container.demux(stream))
-        assert stream.average_rate is not None
-        width, height, fps = stream.width, stream.height, round(stream.average_rate)
-    return _record(path, width=width, height=height, num_frames=num_frames, fps=fps)
-
-
 def _record(path: Path, *, width: int, height: int, num_frames: int, fps: int) -> Video:
     content = path.read_bytes()
     return Video(

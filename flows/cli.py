@@ -104,9 +104,9 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 def render(
     photo: Photo,
     prompt: Annotated[str, typer.Argument(help="What the person does.")],
-    out_path: Annotated[Path, typer.Option("--out", help="The MP4; its sidecar is written beside it as .json.")] = Path(
-        "video.mp4"
-    ),
+    out_path: Annotated[
+        Path, typer.Option("--out", dir_okay=False, help="The MP4; its sidecar is written beside it as .json.")
+    ] = Path("video.mp4"),
     model: Model = "tiny",
     size: Size = None,
     frames: Frames = None,
@@ -129,6 +129,8 @@ def render(
 
     if frames is not None and seconds is not None:
         raise typer.BadParameter("give --frames or --seconds, not both")
+    if out_path.suffix == ".json":
+        raise typer.BadParameter(f"--out {out_path} is where the sidecar goes; name it .mp4")
     with err.status("loading"):
         folder = find_model(model, models)
     trained = TransformerConfig.from_dict(read_config(folder / "transformer"))
@@ -192,7 +194,9 @@ def render(
 @app.command()
 def identity(
     photo: Photo,
-    out_path: Annotated[Path, typer.Option("--out", help="The picture, PNG or JPEG.")] = Path("identity.png"),
+    out_path: Annotated[Path, typer.Option("--out", dir_okay=False, help="The picture, .png or .jpg.")] = Path(
+        "identity.png"
+    ),
     model: Model = "tiny",
     several_faces: Annotated[
         Literal["largest", "reject"], typer.Option(help="Take the largest of several faces, or refuse.")
@@ -207,6 +211,8 @@ def identity(
     from echovideo.faces.picture import draw_identity
     from flows.models import find_model
 
+    if out_path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise typer.BadParameter(f"--out {out_path} is neither .png nor .jpg")
     content = photo.read_bytes()
     seen = FaceAnalyzer(open_pack(find_model(model, models) / "face_encoder")).analyze(content, policy=several_faces)
     out_path.parent.mkdir(parents=True, exist_ok=True)
@@ -269,7 +275,7 @@ def train(
         str | None, typer.Option(help="Local folder for data and training; OUTPUT/training/NAME by default.")
     ] = None,
     allow_root: Annotated[
-        list[str] | None, typer.Option(help="Folder or s3://bucket for footage, beside the manifest's own.")
+        list[str] | None, typer.Option(help="Folder or s3://bucket/prefix for footage, beside the manifest's own.")
     ] = None,
     endpoint_url: EndpointUrl = None,
     models: ModelsFolder = DEFAULT_MODELS,
@@ -355,14 +361,19 @@ def identities_delete(
     json: Json = False,
 ) -> None:
     """Delete an identity, and what it was learnt from and in OUTPUT/training; its videos stay with their runs."""
+    from echovideo.request import check_identity_name
     from pipelines.identities import Identities
     from pipelines.storage import StorageOptions, StoragePath
 
     root = StoragePath.parse(output, StorageOptions(endpoint_url=endpoint_url))
     if not yes:
         typer.confirm(f"Delete identity {name}, and its training in {root}?", abort=True, err=True)
-    Identities(root).delete(name)
-    (root / "training" / name).delete_tree()
+    check_identity_name(name)
+    identities, training = Identities(root), root / "training" / name
+    # Of a training that was never finished there is footage, and no identity.
+    if name in identities.names() or not training.list_names():
+        identities.delete(name)
+    training.delete_tree()
     if json:
         print_json({"name": name, "deleted": True})
     else:
@@ -538,7 +549,7 @@ def batch_run(
     face_similarity: Annotated[float | None, typer.Option(help="Similarity to the photo a video must reach.")] = None,
     tries: Annotated[int, typer.Option(help="Seeds to spend on reaching it.")] = 1,
     allow_root: Annotated[
-        list[str] | None, typer.Option(help="Folder or s3://bucket for photos, beside the manifest's own.")
+        list[str] | None, typer.Option(help="Folder or s3://bucket/prefix for photos, beside the manifest's own.")
     ] = None,
     allow_host: Annotated[list[str] | None, typer.Option(help="https host that photos may come from.")] = None,
     endpoint_url: EndpointUrl = None,
@@ -784,7 +795,7 @@ def _print_run(ledger: Ledger, config: RunConfig, num_rows: int, *, json: bool) 
     if shown:
         out.print(rows_table(shown), soft_wrap=False)
         if len(troubled) > len(shown):
-            out.print(f"[dim]and {len(troubled) - len(shown)} more without a video[/dim]")
+            out.print(f"and {len(troubled) - len(shown)} more without a video", style="dim")
         out.print()
     state = Text.assemble(
         f"{num_rows} row{'s' if num_rows != 1 else ''}: ",

@@ -28,7 +28,7 @@ DeviceChoice = Literal["auto", "cpu", "cuda"]
 class BatchSettings:
     """What a batch may be asked for beside manifest, output and model; a deployment carries it as JSON.
 
-    `allowed_roots` are folders and s3://bucket addresses that photos may come from beside the manifest's own folder
+    `allowed_roots` are folders and s3://bucket/prefix that photos may come from beside the manifest's own folder
     or bucket, `allowed_hosts` the https hosts. `models` is where the tiny model is built. `jobs_address` is the
     http:// address of a Ray cluster's jobs server, None to run on this machine.
     """
@@ -111,9 +111,12 @@ def _device(settings: BatchSettings) -> Device:
 
 def policy_for(manifest: StoragePath, roots: Sequence[str], hosts: Sequence[str]) -> UriPolicy:
     """Return the policy that allows the manifest's own folder or bucket, and what was added to it."""
-    allowed = [str(StoragePath.parse(root)) for root in (str(manifest.parent), *roots)]
+    own = str(manifest.parent)
+    if own.startswith("s3://"):
+        own = "/".join(own.split("/")[:3])
+    allowed = [str(StoragePath.parse(root)) for root in (own, *roots)]
     return UriPolicy(
         roots=tuple(root for root in allowed if not root.startswith("s3://")),
         https_hosts=tuple(host.lower() for host in hosts),
-        s3_buckets=tuple(root[len("s3://") :].split("/", 1)[0] for root in allowed if root.startswith("s3://")),
+        s3_buckets=tuple(root[len("s3://") :] for root in allowed if root.startswith("s3://")),
     )

@@ -29,8 +29,9 @@ COLOURS: Mapping[str, str] = {
     "absent": "dim",
 }
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# No markup: what stands in brackets is a row's or a path's own.
+out = Console(highlight=False, markup=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_json(document: Mapping[str, Any]) -> None:
@@ -112,7 +113,7 @@ class LiveBatch:
         """Say where the driver is."""
         self.batch = batch
         if not self._quiet:
-            self._progress.console.print(f"[dim]run {batch.ledger.run_id}: {batch.submission.place}[/dim]")
+            self._progress.console.print(f"run {batch.ledger.run_id}: {batch.submission.place}", style="dim")
         self._progress.update(self._task, description="loading the model", total=batch.num_rows)
 
     def progressed(self, batch: Batch, counts: Mapping[str, int]) -> None:

@@ -23,7 +23,8 @@ from echovideo.errors import EchoVideoError
 from echovideo.faces.mtcnn import MtcnnDetector
 from echovideo.faces.parsing import MeshParser
 from echovideo.faces.recogniser import load_recogniser
-from echovideo.model.card import TINY, read_card
+from echovideo.model.card import TINY
+from echovideo.tiny.folder import check_tiny, tiny_folder
 from echovideo_kernels import dispatch
 
 CheckStatus = Literal["ok", "warning", "missing", "absent"]
@@ -181,7 +182,7 @@ def _folder(name: str, folder: Path) -> Check:
 
 
 def _tiny(models: Path) -> Check:
-    folder = models / TINY.name
+    folder = tiny_folder(models)
     if not folder.is_dir():
         return Check(
             name="tiny model",
@@ -189,7 +190,11 @@ def _tiny(models: Path) -> Check:
             found=f"not in {models}",
             advice="built on first use, or by: echovideo models pull tiny",
         )
-    return Check(name="tiny model", status="ok", found=f"{folder}, {read_card(folder).name}")
+    try:
+        check_tiny(folder)
+    except EchoVideoError as error:
+        return Check(name="tiny model", status="missing", found=error.message, advice=f"rm -r {folder}")
+    return Check(name="tiny model", status="ok", found=f"{folder}, {TINY.name}")
 
 
 def _face_nets() -> Check:

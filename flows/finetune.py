@@ -33,7 +33,7 @@ class FinetuneSettings:
     """What learning a person may be asked for; a deployment carries it as JSON.
 
     `work` is a local folder for data and training, by default `training/<name>` in a local output. `allowed_roots` are
-    folders and s3://bucket addresses that footage may come from beside the manifest's own folder or bucket. Every
+    folders and s3://bucket/prefix that footage may come from beside the manifest's own folder or bucket. Every
     `validate_every` steps, by default a quarter of all, and at the end two videos are rendered and scored; the weights
     with the highest score are kept.
     """

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from echovideo.errors import WeightsError
-from echovideo.model.card import PUBLISHED_LICENCE, PUBLISHED_MODEL, TINY, resolve_folder
+from echovideo.model.card import PUBLISHED_LICENCE, PUBLISHED_MODEL, resolve_folder
+from echovideo.tiny.folder import ensure_tiny
 from pipelines.resources import check_disk
 
 TINY_NAME = "tiny"
@@ -29,12 +31,6 @@ def find_model(model: str, models: Path) -> Path:
     Fetches nothing, so that nobody gets 40 GB and a licence by surprise. Raises WeightsError.
     """
     if model == TINY_NAME:
-        built = models.expanduser() / TINY.name
-        if built.is_dir():
-            return built.resolve()
-        # Building a model needs torch and transformers, which most commands never load.
-        from echovideo.tiny.folder import ensure_tiny
-
         return ensure_tiny(models.expanduser()).resolve()
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -53,8 +49,11 @@ def find_model(model: str, models: Path) -> Path:
 def hub_name(model: str) -> str | None:
     """Return "owner/name" of a hub name or its https://huggingface.co address, None if it is neither."""
     name = model.removeprefix(_HUB).strip("/")
-    parts = name.split("/")
-    return name if len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and ":" not in name else None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name if "/" in name else None
 
 
 def hub_size(name: str) -> int:

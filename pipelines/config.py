@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+from echovideo.errors import RunError
 from echovideo.model.card import ModelCard
 from echovideo.request import FacePolicy
 from echovideo.settings import EngineSettings
@@ -48,9 +49,7 @@ class RunConfig:
     @property
     def run_id(self) -> str:
         """The digest of what decides the outcomes: the same manifest and settings are the same run, and resume it."""
-        decides = {
-            name: value for name, value in self.to_record().items() if name in _DECIDING and name != "manifest_digest"
-        }
+        decides = {name: value for name, value in self.to_record().items() if name in _DECIDING}
         if self.identities:
             decides["identities"] = {name: card.sha256 for name, card in self.identities.items()}
         return run_id_for(self.manifest_digest, decides)
@@ -79,7 +78,10 @@ class RunConfig:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """Return the config of a `to_record` dict that may have been through JSON."""
+        """Return the config of a `to_record` dict that may have been through JSON.
+
+        Raises RunError `other_release` for a record with other fields.
+        """
         nested = {
             "card": ModelCard,
             "defaults": Defaults,
@@ -87,17 +89,21 @@ class RunConfig:
             "storage": StorageOptions,
             "engine": EngineSettings,
         }
-        values = {
-            name: nested[name](**_tuples(nested[name], value)) if name in nested else value
-            for name, value in record.items()
-        }
         cards = record.get("identities", {})
-        values["identities"] = {name: IdentityCard(**card) for name, card in cards.items()}
-        return cls(**values)
+        try:
+            values = {
+                name: nested[name](**_tuples(value)) if name in nested else value for name, value in record.items()
+            }
+            values["identities"] = {name: IdentityCard(**card) for name, card in cards.items()}
+            return cls(**values)
+        except TypeError as error:
+            raise RunError(
+                f"the run was recorded by another release ({error}); use that one, or run its manifest anew",
+                code="other_release",
+            ) from error
 
 
 _DECIDING = {
-    "manifest_digest",
     "model_digest",
     "defaults",
     "uri_policy",
@@ -108,7 +114,6 @@ _DECIDING = {
 }
 
 
-def _tuples(kind: Any, record: Mapping[str, Any]) -> dict[str, Any]:
+def _tuples(record: Mapping[str, Any]) -> dict[str, Any]:
     """Turn JSON's lists back into the tuples the records hold."""
-    assert {item.name for item in fields(kind)} >= set(record)
     return {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}

@@ -437,6 +437,10 @@ class Ledger(OutcomeLedger[RowOutcome]):
         self._check_idle()
         (self.folder / "deleting").write_bytes(b"")
         self._delete_videos(set((self.folder / "videos").list_names()))
+        # Without these two nobody would know that there is a run, and a deletion to finish.
+        for name in sorted(set(self.folder.list_names()) - {"run.json", "deleting"}):
+            (self.folder / name).delete_tree()
+            (self.folder / name).delete()
         self.folder.delete_tree()
 
     def delete_row(self, row_id: str, video_key: str | None) -> None:

@@ -26,6 +26,7 @@ from echovideo.request import (
     GuidanceSchedule,
     RenderRequest,
     Tier,
+    check_text,
     frames_for_seconds,
     parse_size,
 )
@@ -128,7 +129,10 @@ COLUMNS = (
     ),
 )
 SCHEMA = pa.schema(
-    [pa.field(column.name, column.type, nullable=not column.required) for column in COLUMNS],
+    [
+        pa.field(column.name, column.type, nullable=not column.required, metadata={"doc": column.meaning})
+        for column in COLUMNS
+    ],
     metadata={VERSION_KEY: str(MANIFEST_VERSION).encode()},
 )
 """The schema that `write_manifest` writes and `read_manifest` reads; column order does not matter."""
@@ -193,11 +197,6 @@ class Manifest:
     digest: str
     requests: tuple[RenderRequest, ...]
     refusals: tuple[Refusal, ...]
-
-
-def schema_table() -> list[tuple[str, str, bool, str]]:
-    """Return (column, type, required, meaning) rows for the documentation."""
-    return [(column.name, str(column.type), column.required, column.meaning) for column in COLUMNS]
 
 
 def read_manifest(
@@ -320,14 +319,6 @@ def _num_frames(row: dict[str, Any], defaults: Defaults, fps: int) -> int:
     if seconds is not None:
         return frames_for_seconds(seconds, fps)
     return _PUBLISHED.sample_frames if num_frames is None else num_frames
-
-
-def check_text(name: str, text: str) -> None:
-    """Raise RequestError for a cell whose bytes were no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"{name} is not valid UTF-8", code=f"invalid_{name}") from error
 
 
 def _is_row_id(row_id: str) -> bool:

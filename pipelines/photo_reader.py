@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import unquote, urljoin, urlsplit
 
 from echovideo.errors import StorageError
@@ -45,10 +46,13 @@ def resolve_uri(uri: str, folder: StoragePath) -> str:
 
 def check_uri(uri: str, policy: UriPolicy) -> None:
     """Raise StorageError `uri_not_allowed`, with the reason, unless the policy lets `uri` be read; reads nothing."""
-    scheme = urlsplit(uri).scheme if "://" in uri else "file"
+    try:
+        parts = urlsplit(uri if "://" in uri else "file:")
+    except ValueError as error:
+        _refuse(uri, str(error))
     if _CONTROL.search(uri):
         _refuse(uri, "it holds a control character")
-    match scheme:
+    match parts.scheme:
         case "file":
             _allowed_file(uri, policy)
         case "s3":
@@ -58,10 +62,12 @@ def check_uri(uri: str, policy: UriPolicy) -> None:
             if not key or any(part in (".", "..") for part in key.split("/")):
                 _refuse(uri, "it names no plain object key")
         case "https":
-            netloc = urlsplit(uri).netloc.lower()
+            netloc = parts.netloc.lower()
             if netloc not in policy.https_hosts:
                 _refuse(uri, f"host {netloc!r} is not allowed{_listed(policy.https_hosts)}")
-        case _:
+            if not uri.isascii():
+                _refuse(uri, "write what is not ASCII percent-encoded")
+        case scheme:
             _refuse(uri, f"scheme {scheme!r} is not one of file, s3 and https")
 
 
@@ -133,7 +139,7 @@ def fetch_https(
                     f"photo {uri} answered {response.status} {response.reason}", code="photo_unreachable"
                 )
             return _read_body(uri, response, max_bytes, deadline)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise StorageError(f"photo {uri} could not be read: {error}", code="photo_unreachable") from error
         finally:
             connection.close()
@@ -195,7 +201,7 @@ def _allowed_file(uri: str, policy: UriPolicy) -> Path:
         _refuse(uri, "it is no absolute path")
     path = os.path.realpath(uri_path)
     if not any(path.startswith(os.path.realpath(root).rstrip("/") + "/") for root in policy.roots):
-        _refuse(uri, f"{path} is in no allowed folder{_listed(policy.roots)}")
+        _refuse(uri, f"{path!r} is in no allowed folder{_listed(policy.roots)}")
     return Path(path)
 
 
@@ -210,5 +216,5 @@ def _check_size(uri: str, num_bytes: int, max_bytes: int) -> None:
         )
 
 
-def _refuse(uri: str, reason: str) -> None:
+def _refuse(uri: str, reason: str) -> NoReturn:
     raise StorageError(f"address {uri!r} is not allowed: {reason}", code="uri_not_allowed")

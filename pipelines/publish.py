@@ -41,7 +41,8 @@ def _view(config: RunConfig, manifest: Manifest, ledger: Ledger) -> RunView:
     files = {file.path: file for file in ledger.folder.list_files()}
     pictures = {path for path in files if path.split("/")[0] in _PICTURES}
     ended = [file.modified_s for path, file in files.items() if path.startswith(("outcomes/", "attempts/"))]
-    started = files["epochs/1.json"].modified_s
+    # Until a driver takes its turn, a run has begun with its submission.
+    started = next(files[name].modified_s for name in ("epochs/1.json", "run.json") if name in files)
 
     def row(row_id: str, prompt: str, tags: dict[str, str]) -> RowView:
         outcome = outcomes[row_id]

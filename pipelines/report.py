@@ -199,6 +199,8 @@ def contact_sheet(rows: Sequence[RowView], *, width: int = 1600) -> Image.Image:
         lines = list(readers.map(lambda row: _sheet_line(row, sheet), rows[:MAX_SHEET_ROWS]))
     if len(rows) > MAX_SHEET_ROWS:
         lines.append(_sheet_note(f"{len(rows) - MAX_SHEET_ROWS} more rows are not shown", sheet))
+    if not rows:
+        lines.append(_sheet_note("no row has ended", sheet))
     picture = Image.new("RGB", (width, sum(line.height for line in lines)), "white")
     top = 0
     for line in lines:

@@ -15,39 +15,35 @@ SPARE_CPUS = 1.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageResources:
-    """What one stage reserves: `actors` workers, each with so many CPUs, GPUs and bytes of memory."""
+    """What one stage reserves: `actors` workers, each with so many CPUs and GPUs."""
 
     name: str
     actors: int
     num_cpus: float
     num_gpus: float = 0.0
-    memory_bytes: int = 0
 
 
 def check_resources(stages: Sequence[StageResources], available: Mapping[str, float]) -> None:
     """Raise RunError `too_few_resources` unless all stages' actors fit at once, with SPARE_CPUS left over.
 
-    `available` is the cluster's total as Ray names it: "CPU", "GPU", "memory" in bytes. Every stage keeps its actors
+    `available` is the cluster's total as Ray names it: "CPU", "GPU". Every stage keeps its actors
     for the whole run, so what does not fit together never starts. Placement on single nodes is not checked.
     """
     needs = {
-        "CPU": (sum(stage.actors * stage.num_cpus for stage in stages) + SPARE_CPUS, 1.0, "CPUs"),
-        "GPU": (sum(stage.actors * stage.num_gpus for stage in stages), 1.0, "GPUs"),
-        "memory": (sum(stage.actors * stage.memory_bytes for stage in stages), 2.0**30, "GiB of memory"),
+        "CPU": sum(stage.actors * stage.num_cpus for stage in stages) + SPARE_CPUS,
+        "GPU": sum(stage.actors * stage.num_gpus for stage in stages),
     }
     problems = []
     numbers = {}
-    for resource, (need, unit, word) in needs.items():
+    for resource, need in needs.items():
         there = available.get(resource, 0.0)
         (numbers[f"{resource.lower()}_needed"], numbers[f"{resource.lower()}_available"]) = need, there
         # Sums of fractional CPUs carry rounding; Ray itself counts in 1/10000.
         if need > there + 1e-4:
-            problems.append(f"needs {need / unit:g} {word}, the cluster has {there / unit:g}")
+            problems.append(f"needs {need:g} {resource}s, the cluster has {there:g}")
     if problems:
         shares = "; ".join(
-            f"{stage.name} {stage.actors} x ({stage.num_cpus:g} CPUs, {stage.num_gpus:g} GPUs, "
-            f"{stage.memory_bytes / 2**30:g} GiB)"
-            for stage in stages
+            f"{stage.name} {stage.actors} x ({stage.num_cpus:g} CPUs, {stage.num_gpus:g} GPUs)" for stage in stages
         )
         raise RunError(
             f"the run {', and '.join(problems)}: {shares}; {SPARE_CPUS:g} CPU is kept spare. "

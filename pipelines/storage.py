@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from botocore.exceptions import BotoCoreError, NoCredentialsError
 from s3fs import S3FileSystem
@@ -76,12 +76,10 @@ class StoragePath(ABC):
                 raise StorageError(f"{text!r} names no bucket; write s3://bucket/prefix")
             return _S3Path(text.rstrip("/"), options)
         if text.startswith("file://"):
-            parts = urlsplit(text)
-            if parts.netloc not in ("", "localhost"):
-                raise StorageError(
-                    f"{text!r} names the host {parts.netloc!r}; write file:///folder or s3://bucket/prefix"
-                )
-            text = unquote(parts.path)
+            host, slash, path = text[len("file://") :].partition("/")
+            if host not in ("", "localhost"):
+                raise StorageError(f"{text!r} names the host {host!r}; write file:///folder or s3://bucket/prefix")
+            text = unquote(slash + path)
         elif "://" in text:
             raise StorageError(f"{text!r} is neither a local path nor s3://bucket/prefix")
         if not text or "\0" in text:
@@ -228,7 +226,8 @@ class _LocalPath(StoragePath):
             return sorted(name for name in os.listdir(self.address) if not _is_temporary(name))
 
     def list_files(self) -> list[StoredFile]:
-        return sorted(_walk(self.address, ""), key=lambda file: file.path)
+        with self._errors():
+            return sorted(_walk(self.address, ""), key=lambda file: file.path)
 
     def delete(self) -> None:
         with self._errors():
@@ -403,7 +402,7 @@ class _S3Path(StoragePath):
                     code="no_such_bucket",
                 ) from error
             raise NotFoundError(f"{self}: there is no such object") from error
-        except (OSError, BotoCoreError) as error:
+        except (OSError, ValueError, BotoCoreError) as error:
             endpoint = self.options.endpoint_url or "AWS S3"
             raise StorageError(f"{self}: {error}; check that {endpoint} is up and reachable, then run again") from error
 

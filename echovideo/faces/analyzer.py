@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,12 +17,12 @@ import safetensors.numpy
 from insightface.utils.face_align import norm_crop
 from numpy.typing import NDArray
 
-from echovideo.errors import PhotoRefusedError, RequestError
+from echovideo.errors import PhotoRefusedError
 from echovideo.faces.mtcnn import Detections, MtcnnDetector
 from echovideo.faces.packs import EMBEDDED_KIND, FacePack
 from echovideo.faces.photo import decode_photo
 from echovideo.faces.templates import ALIGNED_POINTS, FACE_SIDE, RECOGNITION_SIDE
-from echovideo.request import FacePolicy
+from echovideo.request import FacePolicy, check_choice
 
 MAX_DETECTION_SIDE = 1024
 
@@ -153,8 +153,7 @@ class FaceAnalyzer:
         Raises PhotoRefusedError with the code `not_an_image`, `too_large`, `too_small` (photo or face), `no_face`,
         `several_faces` (`policy` "reject": another face is large enough to be meant), `face_turned` or `blurred`.
         """
-        if policy not in get_args(FacePolicy):
-            raise RequestError(f"policy {policy!r} is not one of {', '.join(get_args(FacePolicy))}")
+        check_choice("policy", policy, FacePolicy)
         pixels = decode_photo(photo)
         reduced = _reduced(pixels)
         boxes, points = self.pack.detector.detect(np.ascontiguousarray(reduced[:, :, ::-1]))
@@ -191,18 +190,6 @@ class FaceAnalyzer:
             photo_sha256=photo_sha256,
             pack=self.pack.name,
         )
-
-    def analyze_batch(
-        self, photos: Sequence[bytes], *, policy: FacePolicy = "largest"
-    ) -> list[Identity | PhotoRefusedError]:
-        """Return each photo's identity, or the refusal that `analyze` would raise for it, in order."""
-        outcomes: list[Identity | PhotoRefusedError] = []
-        for photo in photos:
-            try:
-                outcomes.append(self.analyze(photo, policy=policy))
-            except PhotoRefusedError as refusal:
-                outcomes.append(refusal)
-        return outcomes
 
     def analyze_frames(self, frames: NDArray[np.uint8]) -> list[FrameFace | None]:
         """Return the largest face of each RGB frame of (F, H, W, 3), None where there is none."""
@@ -380,7 +367,7 @@ def _reduced(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     scale = MAX_DETECTION_SIDE / max(height, width)
     if scale >= 1:
         return image
-    size = int(width * scale), int(height * scale)
+    size = max(1, int(width * scale)), max(1, int(height * scale))
     return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_LANCZOS4), dtype=np.uint8)
 
 

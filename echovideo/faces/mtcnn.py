@@ -23,6 +23,8 @@ Detections = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 _WEIGHTS = Path(__file__).parent / "weights" / "mtcnn.safetensors"
 _COMFORTABLE_SIDE = 256
+# A ribbon's short side holds no face, and its long side would become gigabytes.
+_MOST_ENLARGED = 8
 _PYRAMID_FACTOR = 0.709
 _PNET_WINDOW, _PNET_STRIDE = 12, 2
 _PNET_THRESHOLD, _RNET_THRESHOLD = 0.6, 0.7
@@ -89,15 +91,13 @@ class _ONet(nn.Module):
 
 
 class MtcnnDetector(nn.Module):
-    """Finds faces and their five points; answers insightface's detector protocol.
+    """Finds faces and their five points.
 
     `score_threshold` is the last network's face probability: 0.95 loses turned faces, 0.7 lets false ones through.
     `min_face` is the smallest face looked for, in pixels; time grows as its inverse square. Frames whose shorter side
-    is under 256 px are enlarged a whole number of times first, which finds 98 instead of 96 of 100 faces at 112 px.
-    Raises WeightsError if the weights file is missing.
+    is under 256 px are enlarged a whole number of times first, at most 8, which finds 98 instead of 96 of 100 faces at
+    112 px. Raises WeightsError if the weights file is missing.
     """
-
-    taskname = "detection"
 
     def __init__(
         self,
@@ -115,32 +115,14 @@ class MtcnnDetector(nn.Module):
         self.load_state_dict(load_file(weights))
         self.eval().requires_grad_(False)
 
-    def detect(
-        self,
-        img: NDArray[np.uint8],
-        input_size: tuple[int, int] | None = None,
-        max_num: int = 0,
-        metric: str = "default",
-    ) -> Detections:
-        """Return the faces of one BGR image (H, W, 3), best score first.
-
-        `max_num` > 0 keeps that many: the largest (`metric` "max") or the largest and most central ("default").
-        `input_size` is insightface's and is not used: the image pyramid takes any size.
-        """
-        boxes, points = self.detect_batch(img[None, :, :, ::-1])[0]
-        if 0 < max_num < len(boxes):
-            area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-            centre = np.array((img.shape[1], img.shape[0]), dtype=np.float32) / 2
-            distance = (boxes[:, :2] + boxes[:, 2:4]) / 2 - centre
-            value = area if metric == "max" else area - 2 * (distance**2).sum(axis=1)
-            chosen = np.argsort(-value, kind="stable")[:max_num]
-            boxes, points = boxes[chosen], points[chosen]
-        return boxes, points
+    def detect(self, img: NDArray[np.uint8]) -> Detections:
+        """Return the faces of one BGR image (H, W, 3), best score first."""
+        return self.detect_batch(img[None, :, :, ::-1])[0]
 
     @torch.inference_mode()
     def detect_batch(self, frames: NDArray[np.uint8]) -> list[Detections]:
         """Return the faces of each RGB frame of (F, H, W, 3), best score first."""
-        enlarge = max(1, math.ceil(_COMFORTABLE_SIDE / min(frames.shape[1:3])))
+        enlarge = min(_MOST_ENLARGED, max(1, math.ceil(_COMFORTABLE_SIDE / min(frames.shape[1:3]))))
         size = frames.shape[2] * enlarge, frames.shape[1] * enlarge
         enlarged = [
             cv2.resize(frame, size, interpolation=cv2.INTER_CUBIC) if enlarge > 1 else frame for frame in frames

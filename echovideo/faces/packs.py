@@ -31,15 +31,9 @@ _PRODUCTION_DETECTION_SIZE = (640, 640)
 
 
 class FaceDetector(Protocol):
-    """insightface's detector protocol, as its SCRFD class and MtcnnDetector answer it."""
+    """What insightface's SCRFD class and MtcnnDetector have in common."""
 
-    def detect(
-        self,
-        img: NDArray[np.uint8],
-        input_size: tuple[int, int] | None = None,
-        max_num: int = 0,
-        metric: str = "default",
-    ) -> Detections:
+    def detect(self, img: NDArray[np.uint8]) -> Detections:
         """Return boxes (N, 5) with scores and points (N, 5, 2) of a BGR image (H, W, 3), in its pixels."""
         ...
 
@@ -52,11 +46,6 @@ class FacePack:
     detector: FaceDetector
     recogniser: ArcFaceONNX
     parser: FaceParser
-
-    @property
-    def embedding_width(self) -> int:
-        """Numbers in an embedding: 512 published, 128 embedded."""
-        return int(self.recogniser.output_shape[-1])
 
 
 def open_pack(folder: Path) -> FacePack:

@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 
 from echovideo.errors import WeightsError
+from echovideo.model.config import read_json
 
 PUBLISHED_MODEL = "bytedance-research/EchoVideo"
 PUBLISHED_LICENCE = "CC BY-NC 4.0"
@@ -40,9 +42,12 @@ TINY = ModelCard(
 
 
 def read_card(folder: Path) -> ModelCard:
-    """Return the folder's model card."""
+    """Return the folder's model card; raises WeightsError for one that this release cannot read."""
     path = folder / "model_card.json"
-    return ModelCard(**json.loads(path.read_text())) if path.is_file() else ModelCard()
+    try:
+        return ModelCard(**read_json(path)) if path.is_file() else ModelCard()
+    except TypeError as error:
+        raise WeightsError(f"{path} is no model card of this release: {error}") from None
 
 
 def write_card(card: ModelCard, folder: Path) -> None:
@@ -60,7 +65,7 @@ def resolve_folder(folder_or_hub_id: str | Path) -> Path:
         raise WeightsError(f"there is no model folder {name}")
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.onnx", "*.pth"]))
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         raise WeightsError(f"{name} is no local folder, and could not be fetched from the hub: {error}") from error
 
 

@@ -107,13 +107,18 @@ class TransformerConfig:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return `folder/config.json`; raises WeightsError when it is missing or not JSON."""
-    path = folder / "config.json"
+    """Return `folder/config.json`; raises WeightsError as `read_json`."""
+    return read_json(folder / "config.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object of a model folder; raises WeightsError when it is missing or no JSON object."""
     try:
-        config = json.loads(path.read_text())
+        values = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise WeightsError(f"{path} is missing: is {folder.parent} a whole model folder?") from None
+        raise WeightsError(f"{path} is missing: is {path.parent.parent} a whole model folder?") from None
     except ValueError as error:
-        raise WeightsError(f"{path} is not JSON: {error}") from None
-    assert isinstance(config, dict)
-    return config
+        raise WeightsError(f"{path} is not JSON: {error}; fetch it again") from None
+    if not isinstance(values, dict):
+        raise WeightsError(f"{path} holds no JSON object; fetch it again")
+    return values

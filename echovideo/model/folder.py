@@ -7,7 +7,6 @@ A part's class is imported where the part is opened: that takes seconds, and mos
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from echovideo.errors import WeightsError
-from echovideo.model.config import read_config
+from echovideo.model.config import read_config, read_json
 from echovideo.model.weights import load_weights, save_weights
 
 if TYPE_CHECKING:
@@ -95,10 +94,8 @@ def load_scheduler(folder: Path) -> Scheduler:
         cls.__name__: cls for cls in (CogVideoXDPMScheduler, CogVideoXDDIMScheduler)
     }
     path = folder / "scheduler" / "scheduler_config.json"
-    if not path.is_file():
-        raise WeightsError(f"{path} is missing")
-    config = json.loads(path.read_text())
-    name = config.get("_class_name")
+    config = read_json(path)
+    name = str(config.get("_class_name"))
     if name not in classes:
         raise WeightsError(f"{path}: scheduler {name!r} is not one of {', '.join(classes)}")
     scheduler: Scheduler = classes[name].from_config(config)

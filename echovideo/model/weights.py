@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from echovideo.errors import WeightsError
+from echovideo.model.config import read_json
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHARD_BYTES = 5 * 1024**3
@@ -115,7 +116,7 @@ def _shards(folder: Path) -> dict[Path, list[str]]:
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
         shards: dict[Path, list[str]] = {}
-        for name, file in json.loads(indexes[0].read_text())["weight_map"].items():
+        for name, file in read_json(indexes[0]).get("weight_map", {}).items():
             shards.setdefault(folder / file, []).append(name)
         for path in shards:
             if not path.is_file():

@@ -36,6 +36,7 @@ from echovideo.model.transformer import EchoVideoTransformer3DModel
 from echovideo.results import machine_name, write_results
 from echovideo.tiny import shipped
 from echovideo.tiny.diffusion import Course, ModelSettings, base_stage, draw_world, identity_stages
+from echovideo.tiny.folder import WEIGHTS
 from echovideo.tiny.scoring import Exam
 from echovideo.tiny.world import Encoders, World
 
@@ -102,7 +103,7 @@ def arms_of(plan: Plan) -> dict[Arm, ArmSettings]:
 
 def prepare(folder: Path, *, minutes: float, people: int, recogniser: Path | None, device: torch.device) -> Plan:
     """Make what of world, base and plan is not in the folder yet."""
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(shipped.WEIGHTS.glob("*coder.safetensors"))))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(WEIGHTS.glob("*coder.safetensors"))))
     found = folder / _PLAN
     plan = Plan(**json.loads(found.read_text())) if found.is_file() else None
     if plan and plan.encoders != digest.hexdigest():

@@ -18,7 +18,7 @@ _SECONDS = 10.0
 class Progress:
     """Counts a training's steps against its time, and reports them every few seconds.
 
-    A small part is trained for a time and not for a number of steps, because the machine that is lent decides its pace.
+    A small part is trained for a time and not for a number of steps: a slower machine gets further behind, not later.
     """
 
     name: str

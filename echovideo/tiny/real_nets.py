@@ -1,6 +1,6 @@
 """What real face nets see in the tiny model's videos: the person of the photo, and the tone of their skin.
 
-`python -m echovideo.tiny.real_nets` renders test people as `echovideo render` does, on the CPU, from a drawn photo and
+`python -m echovideo.tiny.real_nets` renders test people as `make demo` does, on the CPU, from a drawn photo and
 a prompt that is independent of it. The ceiling is the drawn truth after the autoencoder. The recogniser is the one that
 conditions the model, so this says less than the judges do. Photographs that are named are rendered too: their skin's
 lightness beside the video's, in real_nets.jpg as a swatch before the frames. Writes real_nets.json.

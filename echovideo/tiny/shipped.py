@@ -12,9 +12,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, SiglipVisionModel, T5EncoderModel
 
 from echovideo.model.transformer import EchoVideoTransformer3DModel
+from echovideo.tiny.folder import WEIGHTS
 from echovideo.tiny.parts import fresh_image_encoder, fresh_text_encoder, fresh_vae, tiny_config
-
-WEIGHTS = Path(__file__).parent / "weights"
 
 
 def has(part: str) -> bool:

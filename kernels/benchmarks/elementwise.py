@@ -175,10 +175,6 @@ def _applied(function: Callable[[torch.Tensor], object], x: torch.Tensor) -> Cal
     return lambda: function(x)
 
 
-if __name__ == "__main__":
-    run("elementwise", measure)
-
-
 def _column_sum(ceilings: Ceilings) -> Iterator[Row]:
     x = torch.randn(LENGTH, 4 * CONFIG.inner_dim, device="cuda").bfloat16()
     compiled = torch.compile(lambda x: x.sum(dim=0), dynamic=False)
@@ -188,3 +184,7 @@ def _column_sum(ceilings: Ceilings) -> Iterator[Row]:
         "eager": lambda: x.sum(dim=0),
     }
     yield from _compare("column_sum", functions, num_bytes(x), float(x.numel()), ceilings)
+
+
+if __name__ == "__main__":
+    run("elementwise", measure)

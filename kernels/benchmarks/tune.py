@@ -145,12 +145,14 @@ def _launchers() -> Iterator[tuple[str, Launch, Mapping[str, tuple[int, ...]]]]:
 
 
 def main() -> None:
-    """Tune, and write `tuned.json` beside the results file: the package's own table with this chip's part renewed."""
+    """Tune, and write `tuned.json` beside the results file: the package's own table with what was tuned renewed."""
     operators: dict[str, Settings] = {}
     out = run("tune", partial(measure, operators))
     table = json.loads((Path(attention.__file__).parent / "tuned.json").read_text())
     major, minor = torch.cuda.get_device_capability()
-    table[f"sm_{major}{minor}"] = {"measured_on": torch.cuda.get_device_name(), "operators": operators}
+    chip = table.setdefault(f"sm_{major}{minor}", {"operators": {}})
+    chip["measured_on"] = torch.cuda.get_device_name()
+    chip["operators"].update(operators)
     (out / "tuned.json").write_text(json.dumps(table, indent=2) + "\n")
 
 

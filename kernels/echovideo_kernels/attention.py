@@ -18,7 +18,6 @@ from echovideo_kernels.dispatch import options, serves
 
 _WARPGROUPS = 4
 _TILE_ROWS = 64 * _WARPGROUPS
-_BLOCK = 64
 _SAMPLED_ROWS = 64
 _SAMPLED_KEYS = 1024
 _LOG2_LIMIT = 110.0

@@ -15,8 +15,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from echovideo.errors import EchoVideoError, RequestError
-from echovideo.request import MAX_PROMPT_CHARACTERS
-from pipelines.manifest import ManifestError, Refusal, check_text, read_columns, synthetic_id, text_column
+from echovideo.request import MAX_PROMPT_CHARACTERS, check_text
+from pipelines.manifest import ManifestError, Refusal, read_columns, synthetic_id, text_column
 from pipelines.photo_reader import UriPolicy, check_uri, resolve_uri
 from pipelines.storage import StoragePath, encode_json
 

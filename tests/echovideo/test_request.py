@@ -48,6 +48,7 @@ def test_seconds_out_of_range_are_refused(seconds: float) -> None:
         ({"photo_bytes": b"x"}, "invalid_photo"),
         ({"prompt": "  "}, "invalid_prompt"),
         ({"prompt": "x" * 4001}, "invalid_prompt"),
+        ({"prompt": "waves \udcff"}, "invalid_prompt"),
         ({"height": 100}, "invalid_size"),
         ({"num_frames": 50}, "invalid_num_frames"),
         ({"num_frames": 57}, "invalid_num_frames"),

@@ -16,6 +16,12 @@ def key_of(request: RenderRequest = REQUEST, **changes: Any) -> str:
     return video_key(request, **{**values, **changes})
 
 
+@pytest.mark.parametrize("change", [{"device": "gpu"}, {"num_threads": 0}])
+def test_settings_no_engine_can_have_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=r"gpu|num_threads 0"):
+        EngineSettings(**change)
+
+
 def test_video_key_ignores_what_decides_no_pixel() -> None:
     key = key_of()
     other = replace(

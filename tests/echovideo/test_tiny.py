@@ -1,10 +1,15 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from echovideo import EchoVideoPipeline
+from echovideo.errors import WeightsError
 from echovideo.model.card import folder_digest
+from echovideo.tiny import folder
 from echovideo.tiny.folder import ensure_tiny
 
 
@@ -29,6 +34,26 @@ def test_tiny_model_present_is_not_built_again(tiny_folder: Path) -> None:
     assert ensure_tiny(tiny_folder.parent) == tiny_folder
     assert (tiny_folder / "model_card.json").stat().st_mtime_ns == before
     assert [path.name for path in tiny_folder.parent.iterdir()] == [tiny_folder.name]
+
+
+def test_tiny_model_cut_off_on_disk_is_refused_and_named(tiny_folder: Path, tmp_path: Path) -> None:
+    kept = tmp_path / tiny_folder.name
+    shutil.copytree(tiny_folder, kept)
+    assert ensure_tiny(tmp_path) == kept
+    weights = kept / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    with pytest.raises(WeightsError, match=f"{kept} is damaged; delete"):
+        ensure_tiny(tmp_path)
+
+
+def test_tiny_model_of_other_shipped_weights_lies_elsewhere(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder.WEIGHTS, tmp_path / "weights")
+    monkeypatch.setattr(folder, "WEIGHTS", tmp_path / "weights")
+    assert folder.tiny_folder(tiny_folder.parent) == tiny_folder
+    (tmp_path / "weights" / "transformer.safetensors").write_bytes(b"of a later release")
+    assert folder.tiny_folder(tiny_folder.parent) != tiny_folder
 
 
 def test_tiny_tokenizer_every_language_has_tokens_and_ends_with_the_end_token(tiny_folder: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from echovideo.video import Video, VideoError, decode_mp4, encode_mp4, first_frame, poster_jpeg, probe_mp4, sample_mp4
+from echovideo.video import Video, VideoError, decode_mp4, encode_mp4, first_frame, poster_jpeg, sample_mp4
 
 FPS = 16
 
@@ -92,7 +92,7 @@ def test_encode_mp4_record_gives_digest_shape_and_duration(tmp_path: Path) -> No
         fps=FPS,
     )
     assert video.duration_s == 49 / 16
-    assert probe_mp4(path) == video
+    assert decode_mp4(path).shape == (49, 96, 160, 3)
     with av.open(str(path), "r") as container:
         assert container.duration == pytest.approx(49 / 16 * av.time_base, abs=1000)
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from echovideo.tiny.folder import tiny_folder
 from flows.cli import app
 from tests.flows.conftest import ROOT
 
@@ -60,6 +61,17 @@ def test_identity_portrait_draws_picture_and_numbers(photos: Path, models: Path,
         assert picture.height == 512
 
 
+@pytest.mark.parametrize(("command", "name"), [(["render", "waves"], "a.json"), (["identity"], "a.txt")])
+def test_out_that_cannot_hold_the_result_is_refused_first(
+    command: list[str], name: str, photos: Path, tmp_path: Path
+) -> None:
+    for out, words in ((tmp_path / name, f"--out {tmp_path / name} is "), (tmp_path, "is a directory")):
+        arguments = [command[0], str(photos / "astronaut.png"), *command[1:], "--out", str(out)]
+        result = CliRunner().invoke(app, arguments, env={"COLUMNS": "500"})
+        assert result.exit_code == 2
+        assert words in result.stderr
+
+
 def test_identity_photo_of_nobody_is_refused_with_reason(photos: Path, models: Path, tmp_path: Path) -> None:
     out = tmp_path / "seen.png"
     result = CliRunner().invoke(
@@ -93,7 +105,7 @@ def test_doctor_folder_that_cannot_be_written_exits_1(tmp_path: Path) -> None:
 def test_models_pull_tiny_prints_its_folder(models: Path) -> None:
     result = CliRunner().invoke(app, ["models", "pull", "tiny", "--models", str(models), "--json"])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout) == {"folders": {"tiny": str(models / "tiny-4")}}
+    assert json.loads(result.stdout) == {"folders": {"tiny": str(tiny_folder(models))}}
 
 
 def test_models_pull_unreachable_hub_is_an_error_without_traceback() -> None:
@@ -115,3 +127,14 @@ def test_batch_command_output_without_runs_says_so(command: str, tmp_path: Path)
     result = CliRunner().invoke(app, ["batch", command, str(tmp_path)])
     assert result.exit_code == 1
     assert f"Error [no_run] there is no run under {tmp_path}" in result.stderr
+
+
+def test_identities_delete_takes_the_footage_of_a_training_that_never_ended(tmp_path: Path) -> None:
+    shard = tmp_path / "training" / "ann" / "data" / "shard"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(b"faces")
+    arguments = ["identities", "delete", str(tmp_path), "ann", "--yes"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr
+    assert not shard.exists()
+    assert "Error [unknown_identity]" in CliRunner().invoke(app, arguments).stderr

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from echovideo.errors import RunError, WeightsError
-from flows.config import BatchSettings, plan_run
+from echovideo.tiny.folder import tiny_folder
+from flows.config import BatchSettings, plan_run, policy_for
 from pipelines.manifest import Defaults
+from pipelines.storage import StoragePath
 from tests.flows.conftest import make_manifest
 
 
@@ -30,8 +32,13 @@ def test_plan_run_photo_outside_the_manifest_s_folder_is_refused_unless_allowed(
     config, checked = plan_run(str(manifest), str(tmp_path / "out"), "tiny", allowed)
     assert [request.row_id for request in checked.requests] == ["one"]
     assert config.uri_policy.roots == (str(tmp_path), str(photos))
-    assert config.uri_policy.s3_buckets == ("faces",)
+    assert config.uri_policy.s3_buckets == ("faces/studio",)
     assert config.uri_policy.https_hosts == ("photos.example",)
+
+
+def test_policy_of_a_manifest_on_s3_allows_its_bucket_and_of_others_what_was_named() -> None:
+    policy = policy_for(StoragePath.parse("s3://own/manifests/a.parquet"), ("s3://faces/studio/",), ())
+    assert policy.s3_buckets == ("own", "faces/studio")
 
 
 def test_plan_run_same_parameters_are_the_same_run_and_others_another(
@@ -42,7 +49,7 @@ def test_plan_run_same_parameters_are_the_same_run_and_others_another(
     other, _ = plan_run(str(manifest), str(tmp_path / "out"), "tiny", settings(models, defaults=Defaults(seed=7)))
     assert first == again
     assert first.run_id != other.run_id
-    assert (first.ray_address, first.model) == ("local", str(models / "tiny-4"))
+    assert (first.ray_address, first.model) == ("local", str(tiny_folder(models)))
 
 
 def test_plan_run_without_size_and_length_takes_those_of_the_model(
@@ -59,9 +66,10 @@ def test_plan_run_bad_manifest_is_refused_before_the_model_is_looked_for(tmp_pat
     assert refusal.value.code == "manifest"
 
 
-def test_plan_run_unknown_model_is_an_error(manifest: Path, models: Path, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="there is no model folder /nowhere"):
-        plan_run(str(manifest), str(tmp_path / "out"), "/nowhere", settings(models))
+@pytest.mark.parametrize("model", ["/nowhere", "my models/EchoVideo", "owner/name/more"])
+def test_plan_run_unknown_model_is_an_error(model: str, manifest: Path, models: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=f"there is no model folder {model}"):
+        plan_run(str(manifest), str(tmp_path / "out"), model, settings(models))
 
 
 def test_plan_run_cluster_without_a_device_asks_for_one(manifest: Path, models: Path, tmp_path: Path) -> None:

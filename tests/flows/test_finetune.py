@@ -20,6 +20,7 @@ from echovideo.errors import DatasetError, RequestError, StorageError
 from echovideo.model.card import TINY, folder_digest
 from echovideo.model.transformer import EchoVideoTransformer3DModel
 from echovideo.request import RenderRequest
+from echovideo.tiny.folder import tiny_folder
 from echovideo.training.adapters import Adapter
 from echovideo.training.journal import read_metrics
 from echovideo.training.loop import Validate, train
@@ -90,7 +91,7 @@ def test_train_registers_an_adapter_with_consent_licence_and_scores(learnt: Lear
     path = learnt.output / "identities/ann" / card["file"]
     assert file_sha256(path) == card["sha256"]
     assert (card["consent_id"], card["licence"], card["model"]) == ("c-1", "Apache-2.0", TINY.name)
-    assert card["base_digest"] == folder_digest(learnt.models / TINY.name)
+    assert card["base_digest"] == folder_digest(tiny_folder(learnt.models))
     adapter = Adapter.load(path)
     assert (adapter.card.rank, adapter.card.groups, adapter.card.adapted_groups) == (2, ("fusion",), ("attention",))
     assert (adapter.card.base_digest, adapter.card.consent_id) == (card["base_digest"], "c-1")

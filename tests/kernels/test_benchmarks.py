@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import plot
+from benchmarks import plot, tune
 from benchmarks.common import Row, read, tables
+from echovideo_kernels import dispatch
 
 
 def test_tables_rates_and_times_give_their_share_of_the_bound() -> None:
@@ -99,3 +101,26 @@ def test_write_between_markers_page_without_them_is_refused(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"README\.md must hold"):
         plot.write_between_markers(page, "new")
     assert page.read_text() == f"{plot.START} alone\n"
+
+
+@pytest.mark.parametrize("path", sorted(Path(plot.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_benchmark_command_runs_once_all_is_defined(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    if 'if __name__ == "__main__":' in lines:
+        assert lines[-2] == 'if __name__ == "__main__":'
+
+
+def test_tune_leaves_what_it_does_not_tune_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another")
+
+    def run(_: str, measure: Any) -> Path:
+        measure.args[0]["attention"] = {"from_tokens": 1, "stages": 2}
+        return tmp_path
+
+    monkeypatch.setattr(tune, "run", run)
+    tune.main()
+    (chip,) = json.loads((tmp_path / "tuned.json").read_text()).values()
+    before = dispatch.table()["sm_90"]["operators"]
+    assert chip["measured_on"] == "another"
+    assert chip["operators"] == {**before, "attention": {"from_tokens": 1, "stages": 2}}

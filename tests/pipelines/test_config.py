@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from echovideo.errors import RunError
 from echovideo.model.card import ModelCard
 from echovideo.settings import EngineSettings
 from pipelines.config import RunConfig
@@ -27,6 +28,13 @@ def test_config_read_back_from_json_is_equal_and_the_same_run() -> None:
     again = RunConfig.from_record(json.loads(json.dumps(CONFIG.to_record())))
     assert again == CONFIG
     assert again.run_id == CONFIG.run_id
+
+
+@pytest.mark.parametrize("change", [{"later": 1}, {"engine": {"precision": "int4"}}])
+def test_config_of_another_release_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(RunError, match="recorded by another release") as refusal:
+        RunConfig.from_record({**CONFIG.to_record(), **change})
+    assert refusal.value.code == "other_release"
 
 
 @pytest.mark.parametrize(

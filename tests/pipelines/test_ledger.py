@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from echovideo.errors import RunError
+from echovideo.errors import RunError, StorageError
 from echovideo.video import Video
 from pipelines.ledger import MAX_STRIKES, Claim, Epoch, Ledger, StaleDriverError, StoredVideo, next_strikes, run_id_for
 from pipelines.outcome import Cancelled, Dead, Failed, Ok, Rejected, RowOutcome
@@ -433,6 +434,25 @@ def test_delete_run_stopped_half_way_can_be_finished_and_shared_videos_go_with_t
     assert (root / "videos").list_files() == []
     two.delete_run()
     assert root.list_files() == []
+
+
+def test_delete_run_cut_off_is_still_a_run_to_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(StoragePath.parse(str(tmp_path)), "one")
+    ledger.write_config({})
+    (ledger.folder / "faces" / "a.jpg").write_bytes(b"face")
+
+    def cut_off(folder: str) -> None:
+        # What a folder holds is deleted in any order.
+        (Path(folder) / "run.json").unlink(missing_ok=True)
+        raise OSError("cut off")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", cut_off)
+        with pytest.raises(StorageError, match="cut off"):
+            ledger.delete_run()
+    assert ledger.read_config() == {}
+    ledger.delete_run()
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_delete_run_with_a_living_driver_is_refused(root: StoragePath) -> None:

@@ -67,6 +67,9 @@ def test_photo_behind_a_link_out_of_the_root_is_refused(roots: UriPolicy, tmp_pa
     (tmp_path / "photos" / "folder").symlink_to(tmp_path)
     assert "is in no allowed folder" in refusal(f"{tmp_path}/photos/link.jpg", roots)
     assert "is in no allowed folder" in refusal(f"{tmp_path}/photos/folder/secret.jpg", roots)
+    # A ledger holds UTF-8, and a file's name any bytes.
+    (tmp_path / "photos" / "bytes.jpg").symlink_to(tmp_path / "\udcff.jpg")
+    assert refusal(f"{tmp_path}/photos/bytes.jpg", roots).encode()
 
 
 def test_photo_too_large_missing_or_no_file_is_a_typed_error(roots: UriPolicy, tmp_path: Path) -> None:
@@ -99,6 +102,13 @@ def test_empty_policy_refuses_every_scheme() -> None:
 )
 def test_https_host_must_be_listed_as_it_is_written(uri: str) -> None:
     assert "is not allowed (allowed: h)" in refusal(uri, UriPolicy(https_hosts=("h",)))
+
+
+@pytest.mark.parametrize(
+    "uri", ["https://[::1/a.jpg", "https://h\u2100/a.jpg", "file://[/a.jpg", "https://h/\u00e9.jpg"]
+)
+def test_address_that_cannot_be_read_is_refused(uri: str) -> None:
+    assert uri in refusal(uri, UriPolicy(roots=("/",), https_hosts=("h",)))
 
 
 @pytest.mark.parametrize("uri", ["s3://other/a.jpg", "s3://b", "s3://b/", "s3://b/../other/a.jpg", "s3://b/a\r\nb"])
@@ -150,6 +160,8 @@ class _Photos(http.server.BaseHTTPRequestHandler):
                 self._answer(302, location="http://localhost/photo.jpg")
             case "/loop":
                 self._answer(302, location="/loop")
+            case "/malformed":
+                self._answer(302, location="https://[::1/photo.jpg")
             case "/endless":
                 self.send_response(200)
                 self.end_headers()
@@ -232,6 +244,7 @@ def test_https_photo_is_read_and_a_redirect_within_the_host_followed(
     [
         ("/away", "uri_not_allowed", "host '127.0.0.1:1' is not allowed"),
         ("/plain", "uri_not_allowed", "scheme 'http'"),
+        ("/malformed", "photo_unreachable", "Invalid IPv6 URL"),
         ("/loop", "photo_unreachable", "redirects more than"),
         ("/endless", "photo_too_large", "larger than 1000000 bytes"),
         ("/short", "photo_unreachable", "could not be read|bytes early"),

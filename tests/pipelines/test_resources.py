@@ -8,8 +8,8 @@ from echovideo.errors import RunError
 from pipelines.resources import SPARE_CPUS, StageResources, check_disk, check_resources
 
 
-def stage(name: str, actors: int, num_cpus: float, num_gpus: float = 0.0, memory_bytes: int = 0) -> StageResources:
-    return StageResources(name=name, actors=actors, num_cpus=num_cpus, num_gpus=num_gpus, memory_bytes=memory_bytes)
+def stage(name: str, actors: int, num_cpus: float, num_gpus: float = 0.0) -> StageResources:
+    return StageResources(name=name, actors=actors, num_cpus=num_cpus, num_gpus=num_gpus)
 
 
 FOUR = [stage(name, 1, 1.0) for name in ("digest", "identity", "condition", "render")]
@@ -34,10 +34,8 @@ def test_fractional_cpus_that_sum_to_the_limit_pass() -> None:
 
 
 def test_each_lacking_resource_is_named() -> None:
-    with pytest.raises(
-        RunError, match="needs 8 GPUs, the cluster has 4, and needs 64 GiB of memory, the cluster has 8"
-    ):
-        check_resources([stage("render", 8, 0.5, 1.0, 8 * 2**30)], {"CPU": 64.0, "GPU": 4.0, "memory": 8 * 2.0**30})
+    with pytest.raises(RunError, match="needs 5 CPUs, the cluster has 2, and needs 8 GPUs, the cluster has 4"):
+        check_resources([stage("render", 8, 0.5, 1.0)], {"CPU": 2.0, "GPU": 4.0})
 
 
 def test_disk_too_small_is_refused_for_a_folder_not_yet_made(tmp_path: Path) -> None:

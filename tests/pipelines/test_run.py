@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,11 +29,13 @@ from pipelines.ledger import Ledger
 from pipelines.manifest import write_manifest
 from pipelines.outcome import Dead, Failed, Ok, Rejected
 from pipelines.photo_reader import UriPolicy
+from pipelines.publish import publish
 from pipelines.run import drive
 from pipelines.stages.condition import ConditionStage
 from pipelines.stages.identity import IdentityStage
 from pipelines.stages.row import Row
 from pipelines.storage import StoragePath
+from pipelines.validation import validate
 from tests.pipelines.stub_stages import STUBS, renders_log
 
 SHAPE = {"height": 96, "width": 96, "num_frames": 17, "num_inference_steps": 2}
@@ -255,6 +258,19 @@ def test_run_strict_with_a_bad_row_is_refused_whole(tmp_path: Path, stub_model: 
         drive(config, STUBS)
     assert caught.value.code == "refused_rows"
     assert ledger_of(config).outcomes() == {}
+
+
+def test_run_of_a_manifest_without_rows_ends_well(tmp_path: Path, stub_model: Path) -> None:
+    config = config_for([], tmp_path, stub_model)
+    assert sum(drive(config, STUBS).values()) == 0
+    assert pq.read_table(str(ledger_of(config).folder / "results.parquet")).num_rows == 0
+
+
+def test_publish_before_a_driver_began_counts_the_rows_that_wait(tmp_path: Path, stub_model: Path) -> None:
+    config = config_for([row("waits")], tmp_path, stub_model)
+    ledger_of(config).write_config(config.to_record())
+    report = publish(config, validate(config), ledger_of(config)).read_bytes().decode()
+    assert re.search(r"rows not ended yet</th>\s*<td>1</td>", report)
 
 
 def test_stages_many_rows_of_one_photo_analyse_and_encode_it_once(

@@ -21,7 +21,7 @@ from pipelines.storage import NotFoundError, StorageOptions, StoragePath
         ("s3://b", "x/y", "s3://b/x/y"),
         ("s3://b/x//z", "y", "s3://b/x//z/y"),
         ("/a/b/", "y", "/a/b/y"),
-        ("file:///a%20b", "y", "/a b/y"),
+        ("file:///a%20b#c", "y", "/a b#c/y"),
         ("/", "y", "/y"),
     ],
 )
@@ -38,7 +38,7 @@ def test_path_join_with_an_unplain_part_is_an_assertion(part: str) -> None:
         StoragePath.parse("/a") / part
 
 
-@pytest.mark.parametrize("text", ["http://x/y", "s3://", "s3:///key", "file://host/x", "", "a\0b"])
+@pytest.mark.parametrize("text", ["http://x/y", "s3://", "s3:///key", "file://host/x", "file://[/x", "", "a\0b"])
 def test_parse_of_an_unusable_address_is_refused(text: str) -> None:
     with pytest.raises(StorageError):
         StoragePath.parse(text)
@@ -227,6 +227,12 @@ def test_missing_file_is_a_not_found_error_naming_it(root: StoragePath, tmp_path
     assert not (tmp_path / "x").exists()
 
 
+def test_listing_of_a_folder_with_an_endless_link_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(StorageError, match="symbolic links"):
+        StoragePath.parse(str(tmp_path)).list_files()
+
+
 def test_missing_bucket_is_named_with_what_to_do(s3_options: StorageOptions) -> None:
     path = StoragePath.parse("s3://no-such-bucket/x", s3_options)
     for act in (path.read_bytes, path.list_names, lambda: path.write_bytes(b"x"), lambda: path.write_if_absent(b"x")):
@@ -256,9 +262,10 @@ def test_refused_credentials_are_named_with_what_to_do(s3_root: StoragePath) -> 
         assert child.stdout.decode().startswith(f"access_denied {s3_root}/x: {words}")
 
 
-def test_unreachable_endpoint_is_an_error_within_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "127.0.0.1:9"])
+def test_unreachable_endpoint_is_an_error_within_its_limits(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anyone")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
-    path = StoragePath.parse("s3://b/x", StorageOptions(endpoint_url="http://127.0.0.1:9"))
+    path = StoragePath.parse("s3://b/x", StorageOptions(endpoint_url=endpoint))
     with pytest.raises(StorageError, match=r"127\.0\.0\.1:9 is up"):
         path.read_bytes()

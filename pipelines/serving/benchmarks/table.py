@@ -25,12 +25,11 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Rewrite README's tables, one of each results file."""
+    """Rewrite README's table."""
     text = README.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    tables = [table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
-    README.write_text(before + BEGIN + "\n".join(tables) + END + after)
+    README.write_text(before + BEGIN + table(json.loads((RESULTS / "service.json").read_text())) + END + after)
 
 
 if __name__ == "__main__":

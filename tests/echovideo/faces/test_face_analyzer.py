@@ -152,6 +152,13 @@ def test_analyze_without_a_face_is_refused(analyzer: FaceAnalyzer) -> None:
         analyzer.analyze(_png(skimage.data.coffee()))
     assert refusal.value.code == "no_face"
     assert refusal.value.numbers == {"faces": 0}
+    assert pickle.loads(pickle.dumps(refusal.value)).code == "no_face"
+
+
+@pytest.mark.parametrize("shape", [(64, 70_000, 3), (70_000, 64, 3)])
+def test_analyze_of_a_photo_as_long_as_a_ribbon_is_refused(shape: tuple[int, ...], analyzer: FaceAnalyzer) -> None:
+    with pytest.raises(PhotoRefusedError, match="no face"):
+        analyzer.analyze(_png(np.zeros(shape, dtype=np.uint8)))
 
 
 def test_analyze_of_a_small_face_is_refused(analyzer: FaceAnalyzer) -> None:
@@ -206,18 +213,6 @@ def test_align_face_puts_the_points_near_the_published_template() -> None:
         near = aligned[max(round(y) - 40, 0) : round(y) + 40, max(round(x) - 40, 0) : round(x) + 40]
         assert near.max() > 200
     assert aligned.shape == (512, 512, 3)
-
-
-def test_analyze_batch_keeps_the_order_and_returns_refusals(
-    analyzer: FaceAnalyzer, identities: Mapping[str, Identity], photos: Mapping[str, bytes]
-) -> None:
-    first, second, third = analyzer.analyze_batch([photos["hopper"], b"nothing", photos["collins"]])
-    assert isinstance(first, Identity)
-    assert isinstance(third, Identity)
-    np.testing.assert_array_equal(first.embedding, identities["hopper"].embedding)
-    np.testing.assert_array_equal(third.embedding, identities["collins"].embedding)
-    assert isinstance(second, PhotoRefusedError)
-    assert pickle.loads(pickle.dumps(second)).code == "not_an_image"
 
 
 def test_compare_of_frames_of_the_same_person_beats_other_people(

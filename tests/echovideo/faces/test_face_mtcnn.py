@@ -50,26 +50,6 @@ def test_detect_of_six_people_finds_six_faces(detector: MtcnnDetector, photos: M
     np.testing.assert_array_equal(boxes[:, 4], np.sort(boxes[:, 4])[::-1])
 
 
-def test_detect_with_max_num_keeps_the_largest(detector: MtcnnDetector, photos: Mapping[str, bytes]) -> None:
-    image = decode_photo(photos["six"])[:, :, ::-1]
-    every, _ = detector.detect(image)
-    kept, points = detector.detect(image, max_num=2, metric="max")
-    area = (every[:, 2] - every[:, 0]) * (every[:, 3] - every[:, 1])
-    np.testing.assert_array_equal(kept, every[np.argsort(-area)[:2]])
-    assert points.shape == (2, 5, 2)
-
-
-def test_detect_with_max_num_prefers_the_central_face(detector: MtcnnDetector) -> None:
-    face = skimage.data.astronaut()[20:220, 120:320, ::-1]
-    image = np.zeros((600, 900, 3), dtype=np.uint8)
-    image[200:400, 350:550] = face
-    image[0:240, 0:240] = cv2.resize(face, (240, 240))
-    _, central = detector.detect(image, max_num=1)
-    _, largest = detector.detect(image, max_num=1, metric="max")
-    assert central[0, 2, 0] > 400
-    assert largest[0, 2, 0] < 200
-
-
 def test_detect_of_a_faceless_image_finds_none(detector: MtcnnDetector) -> None:
     for image in (np.zeros((300, 300, 3), dtype=np.uint8), skimage.data.coffee()):
         boxes, points = detector.detect(image)

@@ -22,7 +22,7 @@ def test_open_pack_of_an_embedded_folder_loads_the_small_nets(embedded_folder: P
     pack = open_pack(embedded_folder)
     assert isinstance(pack.detector, MtcnnDetector)
     assert isinstance(pack.parser, MeshParser)
-    assert pack.embedding_width == 128
+    assert pack.recogniser.output_shape[-1] == 128
     assert pack.name.startswith("dlib-")
     assert pack.name == open_pack(embedded_folder).name
 
@@ -33,7 +33,7 @@ def test_open_pack_of_a_published_folder_loads_insightface_and_bisenet(productio
     assert isinstance(pack.recogniser, ArcFaceONNX)
     assert isinstance(pack.parser, BiSeNetParser)
     assert pack.recogniser.session.get_providers()[-1] == "CPUExecutionProvider"
-    assert pack.embedding_width == 512
+    assert pack.recogniser.output_shape[-1] == 512
     assert pack.name.startswith("antelopev2-")
 
 

@@ -74,9 +74,32 @@ def test_folder_without_a_part_is_refused_by_its_name(copy: Path, part: str) -> 
         EchoVideoPipeline.from_pretrained(copy)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("transformer/config.json", "[]"),
+        ("scheduler/scheduler_config.json", "{"),
+        ("model_card.json", "\xff"),
+        ("model_card.json", '{"name": "later", "age": 1}'),
+        ("vae/diffusion_pytorch_model.safetensors.index.json", '{"weight_map": '),
+    ],
+)
+def test_folder_with_a_damaged_file_is_refused_by_its_name(copy: Path, file: str, content: str) -> None:
+    (copy / file).write_text(content, encoding="latin-1")
+
+    def opened() -> EchoVideoPipeline:
+        read_card(copy)
+        return EchoVideoPipeline.from_pretrained(copy)
+
+    with pytest.raises(WeightsError, match=file):
+        opened()
+
+
 def test_folder_of_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="there is no model folder"):
         resolve_folder(tmp_path / "nothing")
+    with pytest.raises(WeightsError, match="my models/EchoVideo is no local folder"):
+        resolve_folder("my models/EchoVideo")
 
 
 def test_digest_changes_with_any_byte_and_not_with_hidden_files(copy: Path) -> None:
