@@ -175,6 +175,16 @@ def test_checkpoints_keep_the_best_by_validation_beside_the_last(tmp_path: Path)
     assert checkpoints.restore(trainer.optimizer, checkpoints.best()).scores == {"score": 0.9, "other": 1.0}
 
 
+def test_best_checkpoint_that_is_damaged_is_passed_over_with_a_message(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    chosen = settings(steps=3, validate_every=1)
+    _run(tmp_path, chosen, validate=lambda _, steps: {"score": 1.0 / steps})
+    problem = _truncate(tmp_path / "step-00000001")
+    assert Checkpoints(tmp_path, chosen, "base").best() == tmp_path / "step-00000002"
+    assert f"checkpoint {tmp_path / 'step-00000001'} is passed over: {problem}" in capfd.readouterr().err
+
+
 def test_train_with_other_settings_or_base_than_its_checkpoints_is_refused(tmp_path: Path) -> None:
     _run(tmp_path)
     other = settings(steps=9, checkpoint_every=3, average=AverageSettings(decay=0.9), clip_norm=2.0)
