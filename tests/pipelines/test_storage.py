@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from echovideo.errors import StorageError
+from pipelines import storage
 from pipelines.storage import NotFoundError, StorageOptions, StoragePath
 
 
@@ -262,3 +264,13 @@ def test_unreachable_endpoint_is_an_error_within_its_limits(monkeypatch: pytest.
     path = StoragePath.parse("s3://b/x", StorageOptions(endpoint_url="http://127.0.0.1:9"))
     with pytest.raises(StorageError, match=r"127\.0\.0\.1:9 is up"):
         path.read_bytes()
+
+
+def test_write_on_a_full_disk_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: Path, __: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(storage, "_write_durably", full)
+    with pytest.raises(StorageError, match=f"{tmp_path}/x: the disk is full; free some space") as caught:
+        StoragePath.parse(f"{tmp_path}/x").write_bytes(b"x")
+    assert caught.value.code == "disk_full"
