@@ -175,15 +175,32 @@ def _outcomes(manifest: ClipManifest, ledger: ClipLedger) -> dict[str, ClipOutco
     found = ledger.outcomes()
     outcomes: dict[str, ClipOutcome] = {refusal.row_id: refusal.outcome() for refusal in manifest.refusals}
     outcomes |= {clip.clip_id: found[clip.row_id] for clip in manifest.clips}
+    prepared = {clip_id: outcome for clip_id, outcome in outcomes.items() if isinstance(outcome, Prepared)}
+    recordings = _recordings(prepared.values())
     groups: dict[str, set[str]] = {}
-    for example in _examples(outcomes.values()):
-        groups.setdefault(example.person_id, set()).add(example.clip_group)
-    return {
-        clip_id: replace(outcome, warning="one_clip")
-        if isinstance(outcome, Prepared) and len(groups[outcome.example.person_id]) == 1
-        else outcome
-        for clip_id, outcome in outcomes.items()
+    for outcome in prepared.values():
+        groups.setdefault(outcome.example.person_id, set()).add(recordings[outcome.example.clip_group])
+    return outcomes | {
+        clip_id: replace(
+            outcome,
+            example=replace(outcome.example, clip_group=recordings[outcome.example.clip_group]),
+            references=tuple(replace(item, clip_group=recordings[item.clip_group]) for item in outcome.references),
+            warning="one_clip" if len(groups[outcome.example.person_id]) == 1 else "",
+        )
+        for clip_id, outcome in prepared.items()
     }
+
+
+def _recordings(prepared: Iterable[Prepared]) -> dict[str, str]:
+    """Return each clip group's recording: groups that have a file in common are one, whatever the manifest says."""
+    recordings: dict[str, str] = {}
+    of_file: dict[str, str] = {}
+    for outcome in prepared:
+        group = outcome.example.clip_group
+        own = recordings.setdefault(group, group)
+        first = recordings[of_file.setdefault(outcome.footage_sha256, group)]
+        recordings = {name: first if recording == own else recording for name, recording in recordings.items()}
+    return recordings
 
 
 def _examples(outcomes: Iterable[ClipOutcome]) -> list[Example]:

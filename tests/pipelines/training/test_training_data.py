@@ -92,6 +92,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, s3_options:
         row("ann-1", "ann-1.mp4"),
         row("ann-2", str(remote)),
         row("bob-1", "bob-1.mp4"),
+        row("bob-again", "bob-1.mp4"),
         row("two", "two.mp4"),
         row("empty", "empty.mp4"),
         row("short", "short.mp4"),
@@ -151,9 +152,16 @@ def test_every_row_has_its_typed_outcome(job: Job) -> None:
         "ann-1": (3, 1, 24),
         "ann-2": (3, 1, 24),
         "bob-1": (3, 1, 24),
+        "bob-again": (3, 1, 24),
     }
-    assert {name: outcome.warning for name, outcome in kept.items()} == {"ann-1": "", "ann-2": "", "bob-1": "one_clip"}
-    assert job.summary.counts == {"ok": 3, "rejected": 6, "failed": 1, "dead": 0, "cancelled": 0}
+    # One file is one recording, on however many rows.
+    assert {name: (outcome.example.clip_group, outcome.warning) for name, outcome in kept.items()} == {
+        "ann-1": ("ann-1", ""),
+        "ann-2": ("ann-2", ""),
+        "bob-1": ("bob-1", "one_clip"),
+        "bob-again": ("bob-1", "one_clip"),
+    }
+    assert job.summary.counts == {"ok": 4, "rejected": 6, "failed": 1, "dead": 0, "cancelled": 0}
 
 
 def test_clip_that_the_killed_driver_finished_is_not_made_again(job: Job) -> None:
@@ -167,7 +175,7 @@ def test_clip_that_the_killed_driver_finished_is_not_made_again(job: Job) -> Non
 def test_dataset_card_says_what_made_it(job: Job, dataset: Dataset) -> None:
     assert dataset.card.digest == job.summary.digest
     assert dataset.card.licence == "Apache-2.0"
-    assert dataset.card.buckets == {"96x96x17": {"count": 3}}
+    assert dataset.card.buckets == {"96x96x17": {"count": 4}}
     assert dataset.card.making["face_nets"].startswith("dlib-")
     assert dataset.card.making["footage"]["sizes"] == [[96, 96]]
 
@@ -220,7 +228,7 @@ def test_cross_clip_references_are_the_persons_other_clip_and_refused_with_one_c
 
 def test_report_and_table_show_every_clip(job: Job) -> None:
     page = (job.folder / "report.html").read_text()
-    assert page.count("data:image/jpeg;base64,") == 6
+    assert page.count("data:image/jpeg;base64,") == 7
     for text in ("It is not clear who is meant.", "A person called ann-2.", "cross-clip references will refuse"):
         assert text in page
     rows = {line["clip_id"]: line for line in pq.read_table(job.folder / "clips.parquet").to_pylist()}
