@@ -4,7 +4,7 @@
                                          uri_policy=UriPolicy(roots=("/footage",))))
 
 The same call again makes only what is missing: new and changed rows, clips whose attempt failed, shards that are gone.
-Clips whose rows are gone are deleted, tensors and pictures. Footage is known by its address: when a file changes, give
+Clips whose rows are gone, and all that other settings made, are deleted, tensors and pictures. Footage is known by its address: when a file changes, give
 it another name, or the clip another clip_id.
 """
 
@@ -116,6 +116,7 @@ def prepare_dataset(config: DataConfig, worker: type[ClipWorker] = ClipWorker) -
         if remaining:
             _run(remaining, config, job, epoch.number, worker)
         outcomes = _outcomes(manifest, ledger)
+        _forget_other_settings(job)
         _publish(manifest, outcomes, making, card, job)
     counted = Counter(kind_of(outcome) for outcome in outcomes.values())
     return DatasetSummary(
@@ -153,6 +154,18 @@ def _forget(ledger: ClipLedger, clips: Sequence[Clip], output: StoragePath, null
         lost |= set(sorted(prepared)[:1])
     for row_id in sorted(lost | (set(outcomes) - wanted)):
         ledger.forget_row(row_id)
+
+
+def _forget_other_settings(job: DataJob) -> None:
+    """Delete the ledgers of other settings, with their pictures of people: their shards are replaced now.
+
+    Raises RunError `already_running` while one of them is at work.
+    """
+    for run_id in (job.output / "runs").list_names():
+        if run_id != job.run_id:
+            other = ClipLedger(job.output, run_id)
+            other.open_epoch().close()
+            other.folder.delete_tree()
 
 
 def _run(clips: Sequence[Clip], config: DataConfig, job: DataJob, epoch: int, worker: type[ClipWorker]) -> None:

@@ -248,6 +248,9 @@ def test_second_run_makes_lost_shards_again_deletes_what_is_asked_for_no_more_an
     kept = [row for row in pq.read_table(job.config.manifest).to_pylist() if row["clip_id"].startswith("ann")]
     manifest = Path(job.config.manifest).with_name("fewer.parquet")
     write_manifest(kept, manifest)
+    of_other_settings = job.folder / "runs" / "of-other-settings" / "sheets" / "two.jpg"
+    of_other_settings.parent.mkdir(parents=True)
+    of_other_settings.write_bytes(b"a picture of two people")
 
     summary = prepare_dataset(replace(job.config, manifest=str(manifest)), DiesOnce)
 
