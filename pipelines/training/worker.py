@@ -105,7 +105,7 @@ class ClipWorker:
         path = locate(clip.clip_uri, self.job.uri_policy, self.job.storage)
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            footage = Path(folder) / "footage"
+            footage = Path(folder) / clip.clip_id  # Errors name it.
             path.download_file(footage)
             with footage.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()

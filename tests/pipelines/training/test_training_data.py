@@ -144,6 +144,7 @@ def test_every_row_has_its_typed_outcome(job: Job) -> None:
         "silent": "no_caption",
         "unasked": "consent_missing",
     }
+    assert "/noise: Invalid data found" in getattr(outcomes["noise"], "message", "")
     assert {name: outcome.code for name, outcome in outcomes.items() if isinstance(outcome, Failed)} == {
         "gone": "not_found"
     }
