@@ -54,7 +54,7 @@ from pipelines.training.outcome import ClipLedger, ClipOutcome, Prepared
 from pipelines.training.report import ClipView, clips_table, kind_of, render_dataset_report
 from pipelines.training.worker import ClipWorker, DataJob
 
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 """Raised with every change of what is taken of footage or how it is encoded, so that no older shard is mixed in."""
 CLIPS, REPORT = "clips.parquet", "report.html"
 
