@@ -361,8 +361,11 @@ def identities_delete(
     root = StoragePath.parse(output, StorageOptions(endpoint_url=endpoint_url))
     if not yes:
         typer.confirm(f"Delete identity {name}, and its training in {root}?", abort=True, err=True)
-    Identities(root).delete(name)
+    identities = Identities(root)
+    identities.find(name)
+    # The identity last: stopped half-way, the same command goes on.
     (root / "training" / name).delete_tree()
+    identities.delete(name)
     if json:
         print_json({"name": name, "deleted": True})
     else:
