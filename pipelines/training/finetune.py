@@ -145,6 +145,8 @@ class Finetune:
         if standing is not None and standing.made.get("run") != folder.name:
             raise exists_already(standing, self.identities.folder)
         if (folder / ADAPTER).exists():
+            # What an earlier call was stopped before.
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             return folder
         model = Path(config.model)
         result = run_training(
@@ -182,7 +184,8 @@ class Finetune:
         place = StoragePath.parse(str(folder / TRIAL))
         if place.exists():
             scores: dict[str, Any] = place.read_json()
-            return scores
+            if scores["steps"] == config.trial_steps:
+                return scores
         videos = try_adapter(
             Path(config.model),
             open_dataset(self.dataset),
