@@ -4,8 +4,8 @@
                                          uri_policy=UriPolicy(roots=("/footage",))))
 
 The same call again makes only what is missing: new and changed rows, clips whose attempt failed, shards that are gone.
-Clips whose rows are gone, and all that other settings made, are deleted, tensors and pictures. Footage is known by its address: when a file changes, give
-it another name, or the clip another clip_id.
+Clips whose rows are gone, and all that other settings made, are deleted, tensors and pictures. Footage is known by its
+address: when a file changes, give it another name, or the clip another clip_id.
 """
 
 from __future__ import annotations

@@ -171,7 +171,8 @@ def test_damaged_dataset_is_refused_with_the_file_and_what_to_do(folder: Path, d
     harm, code, message = DAMAGES[damage]
     harm(folder)
     with pytest.raises(DatasetError, match=message) as caught:
-        open_dataset(folder).check_shards()
+        dataset = open_dataset(folder)
+        dataset.example_tensors(dataset.examples[0])
     assert caught.value.code == code
     assert str(folder) in caught.value.message
 
