@@ -135,10 +135,7 @@ class Checkpoints:
         return max(self._finished(), default=None)
 
     def best(self) -> Path | None:
-        """Return the checkpoint with the highest score, the later of equals; without scores, the last one.
-
-        Those that are damaged are passed over as in `restore`.
-        """
+        """Return the whole checkpoint with the highest score, the later of equals; without scores, the last one."""
         return _first_whole(sorted(self._finished(), key=_worth, reverse=True))
 
     def _among(self) -> dict[str, Any]:

@@ -74,8 +74,7 @@ def _errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(
-            f"{folder} cannot be written ({error.strerror or error}); make room or correct the folder, then start "
-            "again: the run goes on from its last checkpoint"
+            f"{folder} cannot be written ({error}); make room or correct it, and start again: the run goes on"
         ) from error
 
 

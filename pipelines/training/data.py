@@ -157,10 +157,7 @@ def _forget(ledger: ClipLedger, clips: Sequence[Clip], output: StoragePath, null
 
 
 def _forget_other_settings(job: DataJob) -> None:
-    """Delete the ledgers of other settings, with their pictures of people: their shards are replaced now.
-
-    Raises RunError `already_running` while one of them is at work.
-    """
+    """Delete the ledgers of other settings, pictures and all; raises `already_running` while one is at work."""
     for run_id in (job.output / "runs").list_names():
         if run_id != job.run_id:
             other = ClipLedger(job.output, run_id)
@@ -205,7 +202,7 @@ def _outcomes(manifest: ClipManifest, ledger: ClipLedger) -> dict[str, ClipOutco
 
 
 def _recordings(prepared: Iterable[Prepared]) -> dict[str, str]:
-    """Return each clip group's recording: groups that have a file in common are one, whatever the manifest says."""
+    """Return each clip group's recording: groups with a file in common are one."""
     recordings: dict[str, str] = {}
     of_file: dict[str, str] = {}
     for outcome in prepared:

@@ -155,7 +155,6 @@ def test_every_row_has_its_typed_outcome(job: Job) -> None:
         "bob-1": (3, 1, 24),
         "bob-again": (3, 1, 24),
     }
-    # One file is one recording, on however many rows.
     assert {name: (outcome.example.clip_group, outcome.warning) for name, outcome in kept.items()} == {
         "ann-1": ("ann-1", ""),
         "ann-2": ("ann-2", ""),
