@@ -6,7 +6,6 @@ Listings are never cached. Credentials are those of the standard AWS chain and a
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import secrets
@@ -270,9 +269,6 @@ class _LocalPath(StoragePath):
                 f"{self}: access refused; check the owner and mode of the file and its folders", code="access_denied"
             ) from error
         except OSError as error:
-            if error.errno == errno.ENOSPC:
-                message = f"{self}: the disk is full; free some space, then run again"
-                raise StorageError(message, code="disk_full") from error
             raise StorageError(f"{self}: {error.strerror or error}") from error
 
 

@@ -141,9 +141,10 @@ class Finetune:
         Raises StorageError `identity_exists` before it trains, and what `run_training` raises.
         """
         config, folder = self.config, self.folder
-        standing = self._standing()
-        if standing is not None and standing.made.get("run") != folder.name:
-            raise exists_already(standing, self.identities.folder)
+        if config.name in self.identities.names():
+            standing = self.identities.find(config.name)
+            if standing.made.get("run") != folder.name:
+                raise exists_already(standing, self.identities.folder)
         if (folder / ADAPTER).exists():
             # What an earlier call was stopped before.
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -261,6 +262,3 @@ class Finetune:
             "examples": dict(dataset.card.files),
         }
         return self.config.work / "runs" / hashlib.sha256(encode_json(decides)).hexdigest()[:16]
-
-    def _standing(self) -> IdentityCard | None:
-        return self.identities.find(self.config.name) if self.config.name in self.identities.names() else None

@@ -194,15 +194,6 @@ def test_train_with_one_clip_only_says_whose(learnt: Learnt, tmp_path: Path) -> 
     assert caught.value.code == "one_clip"
 
 
-def test_train_with_a_shard_gone_names_it(learnt: Learnt, tmp_path: Path) -> None:
-    job = learnt.elsewhere(tmp_path, replace(learnt.config(steps=STEPS + 1), name="another"))
-    shards = sorted((job.dataset / "shards").iterdir())
-    shards[0].unlink()
-    with pytest.raises(DatasetError, match=shards[0].name) as caught:
-        job.train()
-    assert caught.value.code == "shard_missing"
-
-
 @pytest.mark.parametrize(
     ("rows", "consent_id", "code", "message"),
     [

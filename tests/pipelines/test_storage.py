@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import errno
 import os
 import pickle
 import subprocess
@@ -8,12 +7,10 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 
 from echovideo.errors import StorageError
-from pipelines import storage
 from pipelines.storage import NotFoundError, StorageOptions, StoragePath
 
 
@@ -265,9 +262,3 @@ def test_unreachable_endpoint_is_an_error_within_its_limits(monkeypatch: pytest.
     path = StoragePath.parse("s3://b/x", StorageOptions(endpoint_url="http://127.0.0.1:9"))
     with pytest.raises(StorageError, match=r"127\.0\.0\.1:9 is up"):
         path.read_bytes()
-
-
-def test_write_on_a_full_disk_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_write_durably", Mock(side_effect=OSError(errno.ENOSPC, "full")))
-    with pytest.raises(StorageError, match="/x: the disk is full; free some space"):
-        StoragePath.parse(f"{tmp_path}/x").write_bytes(b"x")
