@@ -26,6 +26,7 @@ from pipelines.identities import IdentityCard
 from pipelines.storage import StorageOptions, StoragePath
 from pipelines.training.data import DatasetSummary
 from pipelines.training.finetune import REPORT, Finetune, FinetuneConfig
+from pipelines.training.outcome import Prepared
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,9 +93,9 @@ def finetune(
         "scores": scores,
         "clips": dict(summary.counts),
         "left_out": {
-            clip_id: getattr(outcome, "message", "it was not finished")
+            clip_id: outcome.message
             for clip_id, outcome in summary.outcomes.items()
-            if not hasattr(outcome, "example")
+            if not isinstance(outcome, Prepared)
         },
         "dataset_report": str(job.dataset / "report.html"),
         "report": str(report),

@@ -133,9 +133,8 @@ class Identities:
         return {name: self.find(name) for name in sorted(names)}
 
     def delete(self, name: str) -> None:
-        """Delete an identity, its card first; raises RequestError `unknown_identity`."""
-        self.find(name)
-        (self.folder / name / _CARD).delete()
+        """Delete an identity, its card last: stopped half-way, it can be called again. Raises `unknown_identity`."""
+        (self.folder / name / self.find(name).file).delete()
         (self.folder / name).delete_tree()
 
     def _find(self, name: str) -> IdentityCard:

@@ -167,15 +167,25 @@ def _people(
     tracks = [track for shot in shots for track in _tracks(shot, pack, settings)]
     if not tracks:
         return {}, 0
-    main = max(tracks, key=lambda track: sum(_area(seen.face) for seen in track))
-    looks = np.mean([seen.face.embedding for seen in main], axis=0)
+    fills = [sum(_area(seen.face) for seen in track) for track in tracks]
+    looks = [np.mean([seen.face.embedding for seen in track], axis=0) for track in tracks]
+
+    def alike(first: int, second: int) -> bool:
+        return similarity(pack, looks[first], looks[second]) >= settings.same_person
+
+    # By everybody's largest track, how much all that look like it fill.
+    people: dict[int, float] = {}
+    for number in sorted(range(len(tracks)), key=lambda number: -fills[number]):
+        who = next((known for known in people if alike(known, number)), number)
+        people[who] = people.get(who, 0.0) + fills[number]
+    main = max(people, key=lambda number: people[number])
     person: dict[int, FrameFace] = {}
     others: list[Seen] = []
     # The longest track first: whoever is seen beside it in the same frame is somebody else, however alike.
-    for track in sorted(tracks, key=lambda track: (track is not main, -len(track))):
-        alike = similarity(pack, looks, np.mean([seen.face.embedding for seen in track], axis=0))
+    for number in sorted(range(len(tracks)), key=lambda number: (number != main, -len(tracks[number]))):
+        track = tracks[number]
         beside = any(seen.frame_index in person for seen in track)
-        if track is main or (alike >= settings.same_person and not beside):
+        if number == main or (alike(main, number) and not beside):
             person |= {seen.frame_index: seen.face for seen in track}
         else:
             others += track

@@ -195,14 +195,17 @@ def pack(folder: Path, seed: int) -> Path:
 
 
 def unpack(packs: Sequence[Path], folder: Path) -> None:
-    """Put packs of one plan together in a folder; raises TrainingError for packs of different plans."""
+    """Put packs of one plan together in a folder; raises TrainingError for other files and for different plans."""
     for path in packs:
-        with zipfile.ZipFile(path) as packed:
-            plan = json.loads(packed.read(_PLAN))
-            known = folder / _PLAN
-            if known.is_file() and json.loads(known.read_text()) != plan:
-                raise TrainingError(f"{path} is of another plan than {folder}: their arms took other steps")
-            packed.extractall(folder)
+        try:
+            with zipfile.ZipFile(path) as packed:
+                plan = json.loads(packed.read(_PLAN))
+                known = folder / _PLAN
+                if known.is_file() and json.loads(known.read_text()) != plan:
+                    raise TrainingError(f"{path} is of another plan than {folder}: their arms took other steps")
+                packed.extractall(folder)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise TrainingError(f"{path} is no pack of runs, or was cut ({error}); pack it again") from error
 
 
 def write_findings(folder: Path, commit: str | None) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from echovideo.conditioning import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 from echovideo.synthetic.clip import ClipCondition, sample_conditions, scene_curves
-from echovideo.synthetic.draw import Drawing
+from echovideo.synthetic.draw import Drawing, draw_tensors
 from echovideo.synthetic.person import PARAMETERS, SPLITS, identity_parameters
-from echovideo.tiny.drawing import TEST_CLIPS, draw_clips, draw_people, draw_photos, noisy_points
+from echovideo.tiny.drawing import TEST_CLIPS, draw_clips, draw_photos, noisy_points
 from echovideo.tiny.faces import face_image
 from echovideo.tiny.parts import FRAMES, SIDE, fresh_vae
 from echovideo.tiny.progress import THOUSANDTHS, Progress, timed_settings
@@ -307,7 +307,7 @@ def _marks_left(vae: AutoencoderKLCogVideoX, device: torch.device, count: int = 
     bare = marked.clone()
     bare[:, marks] = 0
     scene = scene_curves([ClipCondition(seed=0)] * count, 1, reference=True).to(device)
-    videos = [_video(draw_people(identity, scene, SIDE)) for identity in (marked, bare)]
+    videos = [_video(draw_tensors(identity, scene, SIDE, SIDE)) for identity in (marked, bare)]
     before = videos[0] - videos[1]
     after = reconstruct(vae, videos[0]) - reconstruct(vae, videos[1])
     return float((before * after).sum() / before.square().sum())

@@ -62,11 +62,6 @@ def reference_faces(photos: Drawing, points_N52: Tensor) -> ReferenceFaces:
     )
 
 
-def draw_people(identity_BP: Tensor, scene_BFS: Tensor, side: int, *, compiled: bool = False) -> Drawing:
-    """Return the drawing of an identity tensor and a scene tensor of one device, `side` pixels square."""
-    return draw_tensors(identity_BP, scene_BFS, side, side, compiled=compiled)
-
-
 def split_frames(drawing: Drawing, frames: int) -> tuple[Drawing, Drawing]:
     """Return a drawing's first frames and the rest of them."""
     first, second = (
@@ -78,4 +73,4 @@ def split_frames(drawing: Drawing, frames: int) -> tuple[Drawing, Drawing]:
 
 def _draw(people: Sequence[int], scene_BFS: Tensor, side: int, device: torch.device) -> Drawing:
     identity = identity_parameters(torch.tensor(list(people), device=device))
-    return draw_people(identity, scene_BFS.to(device), side)
+    return draw_tensors(identity, scene_BFS.to(device), side, side)

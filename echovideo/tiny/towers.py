@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase, SiglipVisionModel, T5EncoderMo
 
 from echovideo.synthetic.caption import caption
 from echovideo.synthetic.clip import sample_conditions, scene_curves
+from echovideo.synthetic.draw import draw_tensors
 from echovideo.synthetic.person import SPLITS, identity_parameters
-from echovideo.tiny.drawing import TEST_CLIPS, draw_people, noisy_points, split_frames
+from echovideo.tiny.drawing import TEST_CLIPS, noisy_points, split_frames
 from echovideo.tiny.faces import face_image
 from echovideo.tiny.parts import FACE_TOKENS_SIDE, FRAMES, SIDE, TEXT_TOKENS, fresh_image_encoder, fresh_text_encoder
 from echovideo.tiny.progress import THOUSANDTHS, Progress, timed_settings
@@ -104,7 +105,7 @@ def _drawn(
     frames = scene_curves(said, FRAMES)[:, list(_MOMENTS)]
     scene = torch.cat([frames, *(photo_scene(conditions) for conditions in taken)], dim=1).to(device)
     identity = identity_parameters(torch.tensor(list(people), device=device))
-    drawing = draw_people(identity, scene, SIDE, compiled=device.type == "cuda")
+    drawing = draw_tensors(identity, scene, SIDE, SIDE, compiled=device.type == "cuda")
     shown, photos = split_frames(drawing, len(_MOMENTS))
     larger = F.interpolate(
         shown.frames_BFCHW.flatten(0, 1), size=FACE_TOKENS_SIDE, mode="bilinear", align_corners=False

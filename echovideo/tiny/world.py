@@ -18,9 +18,9 @@ from echovideo.faces.recogniser import DlibFaceRecogniser
 from echovideo.hashing import hashed, uniform
 from echovideo.synthetic.caption import caption
 from echovideo.synthetic.clip import CURVES, ClipCondition, sample_conditions, scene_curves
-from echovideo.synthetic.draw import Drawing
+from echovideo.synthetic.draw import Drawing, draw_tensors
 from echovideo.synthetic.person import identity_parameters
-from echovideo.tiny.drawing import draw_people, noisy_points, reference_faces, split_frames
+from echovideo.tiny.drawing import noisy_points, reference_faces, split_frames
 from echovideo.tiny.faces import recognition_crop
 from echovideo.tiny.parts import FRAMES, SIDE, TEXT_TOKENS
 from echovideo.tiny.shipped import load_image_encoder, load_text_encoder, load_tokenizer, load_vae
@@ -194,7 +194,7 @@ def encode_world(
     done = 0
     for prepared in _prepared(encoders, people, first_clip):
         chunk = prepared.to(device)
-        drawing = draw_people(identity_parameters(chunk.seeds_B), chunk.scene_BFS, SIDE, compiled=compiled)
+        drawing = draw_tensors(identity_parameters(chunk.seeds_B), chunk.scene_BFS, SIDE, SIDE, compiled=compiled)
         clip, photos = split_frames(drawing, FRAMES)
         video = clip.frames_BFCHW.transpose(1, 2) * 2 - 1
         posterior = encoders.vae.encode(video.bfloat16()).latent_dist  # type: ignore[operator]

@@ -13,12 +13,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -113,7 +114,7 @@ class Checkpoints:
         Those that are damaged are named on stderr and passed over. Without any, nothing changes.
         """
         self.wait()
-        found = [path or self._last_whole()] if self._first else [None]
+        found = [path or _first_whole(sorted(self._finished(), reverse=True))] if self._first else [None]
         if self._group is not None:
             dist.broadcast_object_list(found, src=0, group=self._group)
         if found[0] is None:
@@ -134,9 +135,8 @@ class Checkpoints:
         return max(self._finished(), default=None)
 
     def best(self) -> Path | None:
-        """Return the checkpoint with the highest score, the later of equals; without scores, the last one."""
-        scored = [(scores["score"], path) for path in self._finished() if (scores := _scores(path))]
-        return max(scored)[1] if scored else self.last()
+        """Return the whole checkpoint with the highest score, the later of equals; without scores, the last one."""
+        return _first_whole(sorted(self._finished(), key=_worth, reverse=True))
 
     def _among(self) -> dict[str, Any]:
         return {"no_dist": True} if self._group is None else {"process_group": self._group}
@@ -172,8 +172,9 @@ class Checkpoints:
             if folder.exists():  # A damaged one that was passed over.
                 shutil.rmtree(folder)
             writing.rename(folder)
-            kept = {*sorted(self._finished())[-self._settings.keep_checkpoints :], self.best()}
-            for path in self._finished():
+            finished = sorted(self._finished())
+            kept = {*finished[-self._settings.keep_checkpoints :], max(finished, key=_worth)}
+            for path in finished:
                 if path not in kept:
                     shutil.rmtree(path)
         except BaseException as error:
@@ -191,14 +192,6 @@ class Checkpoints:
         for found in errors:
             if found is not None:
                 raise found
-
-    def _last_whole(self) -> Path | None:
-        for path in sorted(self._finished(), reverse=True):
-            problem = damage(path)
-            if problem is None:
-                return path
-            print(f"checkpoint {path} is passed over: {problem}", file=sys.stderr, flush=True)
-        return None
 
     def _finished(self) -> list[Path]:
         return list(self.folder.glob("step-*"))
@@ -262,12 +255,20 @@ def _manifest(path: Path) -> dict[str, Any]:
     raise TrainingError(f"{path / _MANIFEST} cannot be read ({problem})", code="resume")
 
 
-def _scores(path: Path) -> Mapping[str, float]:
+def _first_whole(paths: Iterable[Path]) -> Path | None:
+    for path in paths:
+        problem = damage(path)
+        if problem is None:
+            return path
+        print(f"checkpoint {path} is passed over: {problem}", file=sys.stderr, flush=True)
+    return None
+
+
+def _worth(path: Path) -> tuple[float, Path]:
     try:
-        scores: Mapping[str, float] = _manifest(path)["progress"]["scores"]
+        return _manifest(path)["progress"]["scores"].get("score", -math.inf), path
     except TrainingError:
-        return {}
-    return scores
+        return -math.inf, path
 
 
 def _digest(path: Path) -> str:

@@ -240,13 +240,6 @@ class Dataset:
         text, tokens = _read_tensors(self.folder / NULL, ["text", "tokens"])
         return NullTensors(text_ND=text, tokens_ND=tokens)
 
-    def check_shards(self) -> None:
-        """Read every shard and raise DatasetError for the first that is missing or damaged."""
-        for example in self.examples:
-            self._check(example)
-        for reference in self.references:
-            self._check(reference)
-
     def _tensors(self, record: Example | Reference, names: Sequence[str]) -> list[Tensor]:
         self._check(record)
         return _read_tensors(self._path(record), names)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
+from echovideo.errors import StorageError
 from echovideo.training.loop import ScoreRecord, StepRecord
 
 METRICS, EVENTS, PICTURE = "metrics.jsonl", "tensorboard", "loss.png"
@@ -22,7 +25,7 @@ class Journal:
 
     metrics.jsonl has a line for each step, in order, {"step", "loss", "gradient_norm", "learning_rate", "skipped",
     "numbers"}, and for each validation {"steps", "scores"}; a number that is not finite is null. A run that goes on
-    from a checkpoint writes the steps after it anew.
+    from a checkpoint writes the steps after it anew. Raises StorageError for what cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,6 +35,17 @@ class Journal:
 
     def __call__(self, found: StepRecord | ScoreRecord) -> None:
         """Write a record."""
+        with _errors(self._folder):
+            self._write(found)
+
+    def close(self) -> None:
+        """Write what is left and draw the picture, if there was any record."""
+        if self._writer is not None:
+            with _errors(self._folder):
+                self._writer.close()
+                draw_losses(self._folder)
+
+    def _write(self, found: StepRecord | ScoreRecord) -> None:
         step = found.step if isinstance(found, StepRecord) else found.steps
         if self._writer is None:
             self._drop_from(step)
@@ -46,18 +60,22 @@ class Journal:
         for name, value in (values | dict(found.numbers)).items():
             self._writer.add_scalar(f"training/{name}", value, step)
 
-    def close(self) -> None:
-        """Write what is left and draw the picture, if there was any record."""
-        if self._writer is not None:
-            self._writer.close()
-            draw_losses(self._folder)
-
     def _drop_from(self, step: int) -> None:
         """Leave out what an earlier process wrote of steps that are taken again, and a line it did not finish."""
         path = self._folder / METRICS
         if path.exists():
             kept = [line for line in read_metrics(self._folder) if _place(line) < step]
             path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
+@contextmanager
+def _errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{folder} cannot be written ({error}); make room or correct it, and start again: the run goes on"
+        ) from error
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -26,7 +26,9 @@ COLUMNS = (
     text_column("clip_uri", "The video file: a path (relative to the manifest's folder), file:// or s3://."),
     text_column("caption", "What the person does in it, at most 4000 characters; 226 tokens as published."),
     text_column("person_id", "Who is in it: letters, digits, '.', '_', '-', at most 64."),
-    text_column("clip_group", "Clips of one recording share a group; default: the clip is a group of its own."),
+    text_column(
+        "clip_group", "Clips of one recording share a group, and clips of one file always do; default: its own."
+    ),
     text_column("consent_id", "The consent under which the person's face may be learnt."),
 )
 """Columns of the clip manifest. `clip_id` must be there; a row without any of the others but the group is refused."""

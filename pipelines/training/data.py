@@ -4,8 +4,8 @@
                                          uri_policy=UriPolicy(roots=("/footage",))))
 
 The same call again makes only what is missing: new and changed rows, clips whose attempt failed, shards that are gone.
-Clips whose rows are gone are deleted, tensors and pictures. Footage is known by its address: when a file changes, give
-it another name, or the clip another clip_id.
+Clips whose rows are gone, and all that other settings made, are deleted, tensors and pictures. Footage is known by its
+address: when a file changes, give it another name, or the clip another clip_id.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from pipelines.training.outcome import ClipLedger, ClipOutcome, Prepared
 from pipelines.training.report import ClipView, clips_table, kind_of, render_dataset_report
 from pipelines.training.worker import ClipWorker, DataJob
 
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 """Raised with every change of what is taken of footage or how it is encoded, so that no older shard is mixed in."""
 CLIPS, REPORT = "clips.parquet", "report.html"
 
@@ -116,6 +116,7 @@ def prepare_dataset(config: DataConfig, worker: type[ClipWorker] = ClipWorker) -
         if remaining:
             _run(remaining, config, job, epoch.number, worker)
         outcomes = _outcomes(manifest, ledger)
+        _forget_other_settings(job)
         _publish(manifest, outcomes, making, card, job)
     counted = Counter(kind_of(outcome) for outcome in outcomes.values())
     return DatasetSummary(
@@ -155,6 +156,15 @@ def _forget(ledger: ClipLedger, clips: Sequence[Clip], output: StoragePath, null
         ledger.forget_row(row_id)
 
 
+def _forget_other_settings(job: DataJob) -> None:
+    """Delete the ledgers of other settings, pictures and all; raises `already_running` while one is at work."""
+    for run_id in (job.output / "runs").list_names():
+        if run_id != job.run_id:
+            other = ClipLedger(job.output, run_id)
+            other.open_epoch().close()
+            other.folder.delete_tree()
+
+
 def _run(clips: Sequence[Clip], config: DataConfig, job: DataJob, epoch: int, worker: type[ClipWorker]) -> None:
     resources = StageResources(
         name="prepare",
@@ -175,15 +185,32 @@ def _outcomes(manifest: ClipManifest, ledger: ClipLedger) -> dict[str, ClipOutco
     found = ledger.outcomes()
     outcomes: dict[str, ClipOutcome] = {refusal.row_id: refusal.outcome() for refusal in manifest.refusals}
     outcomes |= {clip.clip_id: found[clip.row_id] for clip in manifest.clips}
+    prepared = {clip_id: outcome for clip_id, outcome in outcomes.items() if isinstance(outcome, Prepared)}
+    recordings = _recordings(prepared.values())
     groups: dict[str, set[str]] = {}
-    for example in _examples(outcomes.values()):
-        groups.setdefault(example.person_id, set()).add(example.clip_group)
-    return {
-        clip_id: replace(outcome, warning="one_clip")
-        if isinstance(outcome, Prepared) and len(groups[outcome.example.person_id]) == 1
-        else outcome
-        for clip_id, outcome in outcomes.items()
+    for outcome in prepared.values():
+        groups.setdefault(outcome.example.person_id, set()).add(recordings[outcome.example.clip_group])
+    return outcomes | {
+        clip_id: replace(
+            outcome,
+            example=replace(outcome.example, clip_group=recordings[outcome.example.clip_group]),
+            references=tuple(replace(item, clip_group=recordings[item.clip_group]) for item in outcome.references),
+            warning="one_clip" if len(groups[outcome.example.person_id]) == 1 else "",
+        )
+        for clip_id, outcome in prepared.items()
     }
+
+
+def _recordings(prepared: Iterable[Prepared]) -> dict[str, str]:
+    """Return each clip group's recording: groups with a file in common are one."""
+    recordings: dict[str, str] = {}
+    of_file: dict[str, str] = {}
+    for outcome in prepared:
+        group = outcome.example.clip_group
+        own = recordings.setdefault(group, group)
+        first = recordings[of_file.setdefault(outcome.footage_sha256, group)]
+        recordings = {name: first if recording == own else recording for name, recording in recordings.items()}
+    return recordings
 
 
 def _examples(outcomes: Iterable[ClipOutcome]) -> list[Example]:

@@ -141,10 +141,13 @@ class Finetune:
         Raises StorageError `identity_exists` before it trains, and what `run_training` raises.
         """
         config, folder = self.config, self.folder
-        standing = self._standing()
-        if standing is not None and standing.made.get("run") != folder.name:
-            raise exists_already(standing, self.identities.folder)
+        if config.name in self.identities.names():
+            standing = self.identities.find(config.name)
+            if standing.made.get("run") != folder.name:
+                raise exists_already(standing, self.identities.folder)
         if (folder / ADAPTER).exists():
+            # What an earlier call was stopped before.
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             return folder
         model = Path(config.model)
         result = run_training(
@@ -182,7 +185,8 @@ class Finetune:
         place = StoragePath.parse(str(folder / TRIAL))
         if place.exists():
             scores: dict[str, Any] = place.read_json()
-            return scores
+            if scores["steps"] == config.trial_steps:
+                return scores
         videos = try_adapter(
             Path(config.model),
             open_dataset(self.dataset),
@@ -258,6 +262,3 @@ class Finetune:
             "examples": dict(dataset.card.files),
         }
         return self.config.work / "runs" / hashlib.sha256(encode_json(decides)).hexdigest()[:16]
-
-    def _standing(self) -> IdentityCard | None:
-        return self.identities.find(self.config.name) if self.config.name in self.identities.names() else None

@@ -8,7 +8,7 @@ from typing import Any
 
 from echovideo.training.dataset import Example, Reference
 from pipelines.ledger import OutcomeLedger
-from pipelines.outcome import Cancelled, Dead, Failed, Rejected, from_record, to_record
+from pipelines.outcome import Dead, Failed, Rejected, from_record, to_record
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +30,7 @@ class Prepared:
     warning: str = ""
 
 
-ClipOutcome = Prepared | Rejected | Failed | Dead | Cancelled
+ClipOutcome = Prepared | Rejected | Failed | Dead
 
 
 class ClipLedger(OutcomeLedger[ClipOutcome]):
@@ -46,7 +46,7 @@ class ClipLedger(OutcomeLedger[ClipOutcome]):
         """Return the outcome that an `encode` dict holds."""
         if record["outcome"] != "ok":
             outcome = from_record(record)
-            assert isinstance(outcome, Rejected | Failed | Dead | Cancelled)
+            assert isinstance(outcome, Rejected | Failed | Dead)
             return outcome
         values = {name: value for name, value in record.items() if name != "outcome"}
         values["example"] = Example(**values["example"])

@@ -26,7 +26,7 @@ from echovideo.model.transformer import EchoVideoTransformer3DModel
 from echovideo.training.batch import ExampleSource, NullCondition
 from echovideo.training.checkpoint import Checkpoints, Progress, read_progress
 from echovideo.training.dataset import open_dataset
-from echovideo.training.journal import METRICS, Journal
+from echovideo.training.journal import Journal
 from echovideo.training.loop import Validate, train
 from echovideo.training.objective import NoiseSchedule
 from echovideo.training.settings import StageSettings
@@ -66,11 +66,10 @@ class TrainingRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingResult:
-    """How a run went, its best checkpoint by validation (or else the last), and its metrics."""
+    """How a run went, and its best checkpoint by validation, or else the last."""
 
     progress: Progress
     best: Path
-    metrics: Path
 
 
 def dataset_ingredients(model: Path, dataset: Path, settings: StageSettings, device: torch.device) -> Ingredients:
@@ -128,7 +127,7 @@ def run_training(run: TrainingRun) -> TrainingResult:
     assert best is not None
     assert last is not None
     shutil.rmtree(folder / "ray", ignore_errors=True)
-    return TrainingResult(progress=read_progress(last), best=best, metrics=folder / METRICS)
+    return TrainingResult(progress=read_progress(last), best=best)
 
 
 def _work(config: dict[Any, Any]) -> None:

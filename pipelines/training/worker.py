@@ -27,7 +27,7 @@ from echovideo.training.dataset import NULL, SHARDS, Example, Reference, pack_nu
 from echovideo.training.encode import ClipEncoder
 from echovideo.video import poster_jpeg
 from pipelines.ledger import MAX_STRIKES, Claim
-from pipelines.outcome import Cancelled, Dead, Rejected
+from pipelines.outcome import Dead, Rejected
 from pipelines.photo_reader import UriPolicy, locate
 from pipelines.stages.row import outcome_of_error
 from pipelines.storage import StorageOptions, StoragePath
@@ -88,8 +88,6 @@ class ClipWorker:
         return self.ledger.commit(self._outcome(clip, claim), self.epoch)
 
     def _outcome(self, clip: Clip, claim: Claim) -> ClipOutcome:
-        if self.ledger.cancel_requested():
-            return Cancelled(row_id=clip.row_id, attempt=claim.attempt)
         if claim.strikes >= MAX_STRIKES:
             message = f"this clip took its worker down {claim.strikes} times; it was given up so that the others go on"
             return Dead(row_id=clip.row_id, strikes=claim.strikes, message=message)
@@ -105,7 +103,7 @@ class ClipWorker:
         path = locate(clip.clip_uri, self.job.uri_policy, self.job.storage)
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            footage = Path(folder) / "footage"
+            footage = Path(folder) / clip.clip_id  # Errors name it.
             path.download_file(footage)
             with footage.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()

@@ -132,6 +132,8 @@ def test_train_exports_the_weights_of_the_best_validation_and_not_the_last(
     assert list(seen) == [1, 2, 3]
     assert torch.equal(adapter.tensors[name], seen[1])
     assert not torch.equal(seen[1], seen[3])
+    # Of videos with other denoising steps than are asked for now.
+    (job.folder / "trial.json").write_text('{"steps": 2}')
     assert job.evaluate()["trained_steps"] == 1
     assert "<td>1 of 3, the best by validation</td>" in (job.folder / "report.html").read_text()
 
@@ -170,10 +172,13 @@ def test_train_again_makes_nothing_anew(learnt: Learnt) -> None:
     before = {path: path.stat().st_mtime_ns for path in made}
     job.check()
     assert job.prepare().counts["ok"] == 2
+    # Left by a call that ended between the adapter and this.
+    (job.folder / "checkpoints").mkdir()
     assert str(job.train()) == str(Path(learnt.command.document["report"]).parent)
     assert job.register(job.evaluate()).sha256 == learnt.command.document["identity"]["sha256"]
     assert len(before) == 4
     assert {path: path.stat().st_mtime_ns for path in made} == before
+    assert not (job.folder / "checkpoints").exists()
 
 
 def test_train_with_other_settings_under_a_taken_name_is_refused_before_it_trains(learnt: Learnt) -> None:
@@ -188,15 +193,6 @@ def test_train_with_one_clip_only_says_whose(learnt: Learnt, tmp_path: Path) -> 
     with pytest.raises(DatasetError, match="ann") as caught:
         job.prepare()
     assert caught.value.code == "one_clip"
-
-
-def test_train_with_a_shard_gone_names_it(learnt: Learnt, tmp_path: Path) -> None:
-    job = learnt.elsewhere(tmp_path, replace(learnt.config(steps=STEPS + 1), name="another"))
-    shards = sorted((job.dataset / "shards").iterdir())
-    shards[0].unlink()
-    with pytest.raises(DatasetError, match=shards[0].name) as caught:
-        job.train()
-    assert caught.value.code == "shard_missing"
 
 
 @pytest.mark.parametrize(

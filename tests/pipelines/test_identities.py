@@ -98,7 +98,13 @@ def test_row_that_may_not_use_an_identity_is_refused(
     assert caught.value.code == code
 
 
-def test_identity_that_is_deleted_leaves_nothing(registered: StoragePath) -> None:
+def test_identity_that_is_deleted_leaves_nothing_though_it_was_stopped_half_way(
+    registered: StoragePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(type(registered), "delete_tree", None)
+        with pytest.raises(TypeError):
+            Identities(registered).delete("anna")
     Identities(registered).delete("anna")
     assert (registered / "identities").list_files() == []
     with pytest.raises(RequestError, match="there are: none"):

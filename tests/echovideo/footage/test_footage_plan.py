@@ -103,6 +103,12 @@ def test_somebody_else_after_the_cut_is_several_people_and_the_same_person_is_no
     assert plan_take(scan([[face()]] * 20 + [[face((0.9, 0.1))]] * 18, cuts=[20]), SETTINGS).face_frames == 38
 
 
+def test_person_of_many_shots_is_who_fills_most_of_all_and_not_who_is_closest_in_one() -> None:
+    shots = [[face()]] * 20 + [[face(BOB, side=250)]] * 19 + [[face()]] * 80
+    plan = plan_take(scan(shots, cuts=[20, 39, 59, 79, 99]), SETTINGS)
+    assert (plan.face_frames, plan.shots) == (100, 6)
+
+
 def test_person_who_turns_into_another_without_a_cut_ends_the_run() -> None:
     others = [[face(BOB)]] * 3
     plan = plan_take(scan([[face()]] * 18 + others), SETTINGS)

@@ -109,3 +109,5 @@ def test_arm_trained_scored_packed_and_unpacked_is_the_same_run(
     (elsewhere / "plan.json").write_text((folder / "plan.json").read_text().replace('"steps": 2', '"steps": 3'))
     with pytest.raises(TrainingError, match="another plan"):
         unpack([folder / "runs-1.zip"], elsewhere)
+    with pytest.raises(TrainingError, match=r"plan.json is no pack of runs"):
+        unpack([elsewhere / "plan.json"], elsewhere)

@@ -163,7 +163,9 @@ def test_checkpoints_that_nobody_lived_to_finish_are_cleared_away(tmp_path: Path
     assert _names(tmp_path) == []
 
 
-def test_checkpoints_keep_the_best_by_validation_beside_the_last(tmp_path: Path) -> None:
+def test_checkpoints_keep_the_best_by_validation_beside_the_last(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     chosen = settings(steps=5, checkpoint_every=5, validate_every=1, keep_checkpoints=1)
     scores = {1: 0.1, 2: 0.9, 3: 0.2, 4: 0.9, 5: 0.3}
     _run(tmp_path, chosen, validate=lambda _, steps: {"score": scores[steps], "other": 1.0})
@@ -173,6 +175,9 @@ def test_checkpoints_keep_the_best_by_validation_beside_the_last(tmp_path: Path)
     assert checkpoints.last() == tmp_path / "step-00000005"
     trainer = Trainer(small_model(), schedule(), null_condition(), chosen)
     assert checkpoints.restore(trainer.optimizer, checkpoints.best()).scores == {"score": 0.9, "other": 1.0}
+    problem = _truncate(tmp_path / "step-00000004")
+    assert checkpoints.best() == tmp_path / "step-00000005"
+    assert f"step-00000004 is passed over: {problem}" in capfd.readouterr().err
 
 
 def test_train_with_other_settings_or_base_than_its_checkpoints_is_refused(tmp_path: Path) -> None:

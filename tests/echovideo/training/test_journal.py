@@ -6,8 +6,10 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from echovideo.errors import StorageError
 from echovideo.training.journal import Journal, draw_losses, read_metrics
 from echovideo.training.loop import ScoreRecord, StepRecord
 
@@ -42,6 +44,17 @@ def test_journal_of_a_run_that_goes_on_holds_each_step_once_and_in_order(tmp_pat
     events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
     for name in (b"training/loss", b"training/gradient_norm", b"training/e", b"scores/score"):
         assert name in events
+
+
+def test_journal_that_cannot_be_written_says_where_and_what_to_do(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal(_step(0))
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(StorageError, match=f"{tmp_path} cannot be written"):
+        journal(_step(1))
+    with pytest.raises(StorageError, match="make room"):
+        journal.close()
 
 
 def test_draw_losses_shows_a_curve_that_falls(tmp_path: Path) -> None:

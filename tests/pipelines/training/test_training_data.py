@@ -92,6 +92,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, s3_options:
         row("ann-1", "ann-1.mp4"),
         row("ann-2", str(remote)),
         row("bob-1", "bob-1.mp4"),
+        row("bob-again", "bob-1.mp4"),
         row("two", "two.mp4"),
         row("empty", "empty.mp4"),
         row("short", "short.mp4"),
@@ -143,6 +144,7 @@ def test_every_row_has_its_typed_outcome(job: Job) -> None:
         "silent": "no_caption",
         "unasked": "consent_missing",
     }
+    assert "/noise: Invalid data found" in getattr(outcomes["noise"], "message", "")
     assert {name: outcome.code for name, outcome in outcomes.items() if isinstance(outcome, Failed)} == {
         "gone": "not_found"
     }
@@ -151,9 +153,15 @@ def test_every_row_has_its_typed_outcome(job: Job) -> None:
         "ann-1": (3, 1, 24),
         "ann-2": (3, 1, 24),
         "bob-1": (3, 1, 24),
+        "bob-again": (3, 1, 24),
     }
-    assert {name: outcome.warning for name, outcome in kept.items()} == {"ann-1": "", "ann-2": "", "bob-1": "one_clip"}
-    assert job.summary.counts == {"ok": 3, "rejected": 6, "failed": 1, "dead": 0, "cancelled": 0}
+    assert {name: (outcome.example.clip_group, outcome.warning) for name, outcome in kept.items()} == {
+        "ann-1": ("ann-1", ""),
+        "ann-2": ("ann-2", ""),
+        "bob-1": ("bob-1", "one_clip"),
+        "bob-again": ("bob-1", "one_clip"),
+    }
+    assert job.summary.counts == {"ok": 4, "rejected": 6, "failed": 1, "dead": 0, "cancelled": 0}
 
 
 def test_clip_that_the_killed_driver_finished_is_not_made_again(job: Job) -> None:
@@ -167,13 +175,12 @@ def test_clip_that_the_killed_driver_finished_is_not_made_again(job: Job) -> Non
 def test_dataset_card_says_what_made_it(job: Job, dataset: Dataset) -> None:
     assert dataset.card.digest == job.summary.digest
     assert dataset.card.licence == "Apache-2.0"
-    assert dataset.card.buckets == {"96x96x17": {"count": 3}}
+    assert dataset.card.buckets == {"96x96x17": {"count": 4}}
     assert dataset.card.making["face_nets"].startswith("dlib-")
     assert dataset.card.making["footage"]["sizes"] == [[96, 96]]
 
 
 def test_shards_are_named_by_their_own_digest_and_nothing_else_lies_beside_them(job: Job, dataset: Dataset) -> None:
-    dataset.check_shards()
     shards = {path.name: path for path in (job.folder / "shards").iterdir()}
     assert set(shards) == {example.shard for example in dataset.examples}
     for name, path in shards.items():
@@ -220,7 +227,7 @@ def test_cross_clip_references_are_the_persons_other_clip_and_refused_with_one_c
 
 def test_report_and_table_show_every_clip(job: Job) -> None:
     page = (job.folder / "report.html").read_text()
-    assert page.count("data:image/jpeg;base64,") == 6
+    assert page.count("data:image/jpeg;base64,") == 7
     for text in ("It is not clear who is meant.", "A person called ann-2.", "cross-clip references will refuse"):
         assert text in page
     rows = {line["clip_id"]: line for line in pq.read_table(job.folder / "clips.parquet").to_pylist()}
@@ -240,6 +247,9 @@ def test_second_run_makes_lost_shards_again_deletes_what_is_asked_for_no_more_an
     kept = [row for row in pq.read_table(job.config.manifest).to_pylist() if row["clip_id"].startswith("ann")]
     manifest = Path(job.config.manifest).with_name("fewer.parquet")
     write_manifest(kept, manifest)
+    of_other_settings = job.folder / "runs" / "of-other-settings" / "sheets" / "two.jpg"
+    of_other_settings.parent.mkdir(parents=True)
+    of_other_settings.write_bytes(b"a picture of two people")
 
     summary = prepare_dataset(replace(job.config, manifest=str(manifest)), DiesOnce)
 
