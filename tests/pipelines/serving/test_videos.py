@@ -201,6 +201,15 @@ def test_create_with_what_is_no_photo_is_refused_at_once(stub: Running) -> None:
         assert (answer.status_code, answer.json()["code"]) == (422, code)
 
 
+def test_photo_as_large_as_a_telephones_is_checked_and_accepted(stub: Running) -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((2600, 2600), 99).save(buffer, "JPEG", quality=95)
+    assert len(buffer.getvalue()) > 5 * 2**20
+    check = stub.client.post("/v1/identities", files={"photo": ("p.jpg", buffer.getvalue())})
+    assert (check.status_code, check.json().get("usable")) == (200, False)
+    stub.forget(stub.create(buffer.getvalue(), seed=52)["id"])
+
+
 def test_create_larger_than_the_limit_is_refused_before_the_body_is_read(stub: Running) -> None:
     host, port = stub.url.split("/")[2].split(":")
     request = (
