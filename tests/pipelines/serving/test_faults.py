@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -77,6 +79,27 @@ def test_dispatcher_killed_with_a_queue_loses_nothing_and_renders_nothing_twice(
     assert {video_id: renders[video_id] for video_id in (running, *queued)} == dict.fromkeys((running, *queued), 1)
     assert stub.view(ended["id"]) == ended
     assert all(len(outcomes_of(stub, video_id)) == 1 for video_id in (running, *queued))
+
+
+def test_client_that_hangs_up_leaves_others_who_wait_for_the_same_call_their_answer(stub: Running) -> None:
+    path, address = "/v1/videos/video_" + "0" * 24, stub.url.split("/")[2].split(":")
+    request = f"GET /stub{path} HTTP/1.1\r\nHost: x\r\nAuthorization: {stub.client.headers['Authorization']}\r\n\r\n"
+    newest = max((stub.store / "runs/service/epochs").glob("*.json"), key=lambda each: int(each.stem))
+    pid = json.loads(newest.read_text())["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            with socket.create_connection((address[0], int(address[1])), 30) as first:
+                first.sendall(request.encode())
+                # What the ingress answers by itself comes after what it was asked before.
+                stub.client.get("/v1/session")
+                other = pool.submit(stub.client.get, path)
+                stub.client.get("/v1/session")
+            stub.client.get("/v1/session")
+            os.kill(pid, signal.SIGCONT)
+            assert other.result().status_code == 404
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def test_full_queue_is_answered_429_and_drains_without_loss(stub: Running, astronaut_png: bytes) -> None:
