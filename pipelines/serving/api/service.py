@@ -122,7 +122,7 @@ def needs(scope: Scope) -> Callable[..., Awaitable[Caller]]:
             raise _unauthenticated("the API key or the session is not, or no longer, valid")
         if scope not in caller.key.scopes:
             raise ProblemError(403, "forbidden", f"this needs a key with the scope {scope!r}", headers=_LOOKED_UP_AGAIN)
-        if caller.session is not None and request.method not in ("GET", "HEAD"):
+        if caller.session is not None and request.method != "GET":
             _check_same_site(request, caller.session.csrf_token)
         return caller
 

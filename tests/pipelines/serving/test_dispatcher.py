@@ -14,6 +14,7 @@ from unittest.mock import AsyncMock
 import pytest
 from ray.exceptions import RayActorError
 
+from echovideo.errors import RequestError
 from echovideo.request import RenderRequest
 from pipelines.ledger import StaleDriverError
 from pipelines.outcome import Cancelled
@@ -21,7 +22,6 @@ from pipelines.serving.access import Access
 from pipelines.serving.config import ON_DEMAND, ServiceConfig
 from pipelines.serving.dispatcher import Dispatcher
 from pipelines.serving.records import TenantStore, VideoRecord, new_video_id
-
 
 NOBODY: Any = None
 
@@ -67,6 +67,16 @@ def test_request_whose_client_hangs_up_is_listed_and_deleted_once_a_lost_face_ch
         await dispatcher.drain()
 
     asyncio.run(hang_up_and_delete())
+
+
+def test_request_without_consent_or_whose_photo_has_gone_is_not_accepted(config: ServiceConfig) -> None:
+    record = record_of(new_video_id("studio", None))
+    for strict, code in ((True, "consent_missing"), (False, "not_found")):
+        store = TenantStore(replace(config, require_consent=strict), "studio")
+        with pytest.raises(RequestError) as refused:
+            store.accept(record, None)
+        assert refused.value.code == code
+    assert store.ledger.folder.list_files() == []
 
 
 def test_dispatcher_after_a_lost_one_refuses_what_its_renderer_still_commits(config: ServiceConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import io
@@ -10,6 +11,9 @@ import os
 import socket
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import openai
@@ -18,6 +22,7 @@ from PIL import Image
 
 from echovideo.video import decode_mp4
 from pipelines.serving.api.bodies import MAX_BODY_BYTES
+from pipelines.serving.api.videos import watch_video
 from tests.pipelines.serving.conftest import SHAPE, Running, wait_until
 
 SLOW = json.dumps({"step_s": "0.3"})
@@ -182,6 +187,9 @@ def test_create_as_json_takes_the_photo_as_base64(stub: Running, astronaut_png: 
         ({"prompt": " "}, "invalid_request"),
         ({"sede": "3"}, "invalid_request"),
         ({"seed": "three"}, "invalid_request"),
+        ({"tags": "[1]", "tags[a]": "b", "seconds": "0"}, "invalid_num_frames"),
+        ({"tags": json.dumps({"a": "x" * 513})}, "invalid_request"),
+        ({"tags": '{"a": "\\ud800"}'}, "invalid_request"),
     ],
 )
 def test_create_with_a_bad_value_is_refused_with_the_batch_paths_code(
@@ -199,6 +207,7 @@ def test_create_with_what_is_no_photo_is_refused_at_once(stub: Running) -> None:
     for photo, code in ((b"text", "not_an_image"), (png(8, 8), "too_small"), (png(10_000, 6_000), "too_large")):
         answer = stub.client.post("/v1/videos", data={"prompt": "p"}, files={"photo": ("p.png", photo)})
         assert (answer.status_code, answer.json()["code"]) == (422, code)
+        assert "object at" not in answer.json()["detail"]
 
 
 def test_photo_as_large_as_a_telephones_is_checked_and_accepted(stub: Running) -> None:
@@ -352,6 +361,18 @@ def test_events_tell_each_change_with_previews_and_end_with_the_video(stub: Runn
     picture = base64.b64decode(previews[0]["jpeg"].removeprefix("data:image/jpeg;base64,"))
     with Image.open(io.BytesIO(picture)) as image:
         assert image.size == (32, 32)
+
+
+def test_events_tell_when_a_waiting_videos_turn_comes_nearer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.serving.api.videos.EVENT_EVERY_S", 0)
+    views = [{"status": "queued", "queue_position": place} for place in (2, 2, 1)] + [{"status": "completed"}]
+    states = [{"version": 1, "video": view, "preview": None} for view in views]
+    service: Any = SimpleNamespace(ask=AsyncMock(side_effect=states))
+
+    async def watch() -> list[Any]:
+        return [event.data async for event in watch_video(service, ("studio", "video"))]
+
+    assert asyncio.run(watch()) == [views[0], *views[2:]]
 
 
 def test_events_of_a_video_that_is_deleted_end_with_that(stub: Running, astronaut_png: bytes) -> None:
