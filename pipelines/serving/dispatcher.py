@@ -506,8 +506,10 @@ class Dispatcher:
         while True:
             try:
                 if self.config.retention_days is not None:
+                    before = time.time() - self.config.retention_days * 86400
                     for tenant in list(self.tenants):
-                        await self.delete_older(tenant, time.time() - self.config.retention_days * 86400)
+                        await self.delete_older(tenant, before)
+                        await self.batches.delete_older(tenant, before)
                 await asyncio.to_thread(Access(self.config.store_path).sweep, time.time())
             except StorageError as error:
                 _log.warning("what is old is deleted later: %s", error)
