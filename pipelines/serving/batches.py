@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, defaultdict
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from echovideo.errors import EchoVideoError, RunError
+from echovideo.errors import EchoVideoError
 from echovideo.request import RenderRequest
 from pipelines.config import RunConfig
 from pipelines.ledger import Epoch, Ledger
@@ -113,9 +112,7 @@ class Batches:
         """Delete the tenant's batches that have ended and were made before a time in seconds since 1970."""
         for view in await self.views(tenant):
             if view["status"] in ("completed", "cancelled", "failed") and view["created_at"] < before:
-                # The command line may be at work on it.
-                with suppress(RunError):
-                    await self.delete(tenant, view["id"])
+                await self.delete(tenant, view["id"])
 
     def close(self) -> None:
         """End every turn; the next dispatcher goes on."""

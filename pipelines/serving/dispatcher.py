@@ -511,7 +511,8 @@ class Dispatcher:
                         await self.delete_older(tenant, before)
                         await self.batches.delete_older(tenant, before)
                 await asyncio.to_thread(Access(self.config.store_path).sweep, time.time())
-            except StorageError as error:
+            except EchoVideoError as error:
+                # The store is away, or the command line is at work on an old batch.
                 _log.warning("what is old is deleted later: %s", error)
             await asyncio.sleep(SWEEP_EVERY_S)
 

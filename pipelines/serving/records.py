@@ -35,8 +35,6 @@ from pipelines.serving.config import OnDemandRun, ServiceConfig
 from pipelines.storage import StoragePath, encode_json
 
 RECORD_VERSION = 1
-VIDEO_ID = re.compile(r"video_[0-9a-f]{24}")
-RUN_ID = re.compile(r"[0-9a-f]{16}")
 _TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 

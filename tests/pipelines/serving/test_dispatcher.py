@@ -7,9 +7,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import AsyncMock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 from ray.exceptions import RayActorError
@@ -36,30 +35,25 @@ def record_of(video_id: str) -> VideoRecord:
     return VideoRecord(tenant="studio", key_id="k", created_at=0.0, request=request, photo_sha256="0" * 64, nonce="n")
 
 
-async def ready(config: ServiceConfig, faces: Any = NOBODY) -> Dispatcher:
-    dispatcher = Dispatcher(config, NOBODY, faces)
-    while not dispatcher.ready:
-        await asyncio.sleep(0.01)
-    return dispatcher
-
-
-def test_request_whose_client_hangs_up_is_listed_and_deleted_once_a_lost_face_check_is_back(
+def test_request_of_a_client_that_hangs_up_is_listed_and_can_be_deleted(
     config: ServiceConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipelines.serving.dispatcher._PURGE_AGAIN_S", 0.01)
     store, video_id = TenantStore(config, "studio"), new_video_id("studio", "first")
-    key = Access(config.store_path).create_key("studio", ["render"])[0]
-    faces = SimpleNamespace(nets=SimpleNamespace(remote=AsyncMock(side_effect=[RayActorError(), "nets"])))
+    key, _ = Access(config.store_path).create_key("studio", ["render"])
+    # It is lost at first.
+    faces = Mock(nets=Mock(remote=AsyncMock(side_effect=[RayActorError(), "nets"])))
 
     async def hang_up_and_delete() -> None:
-        dispatcher = await ready(config, faces)
+        dispatcher = Dispatcher(config, NOBODY, faces)
+        while not dispatcher.ready:
+            await asyncio.sleep(0.01)
         call = asyncio.create_task(dispatcher.accept(record_of(video_id), key, b"photo"))
         await asyncio.sleep(0)
         call.cancel()
         async with asyncio.timeout(30):
-            while await dispatcher.find([("studio", video_id)]) == [None]:
+            while not await dispatcher.delete("studio", video_id):
                 await asyncio.sleep(0.01)
-            await dispatcher.delete("studio", video_id)
             while store.removed_path(video_id).exists():
                 await asyncio.sleep(0.01)
         dispatcher.check_health()

@@ -30,6 +30,7 @@ from pipelines.serving.config import ServiceConfig
 from pipelines.serving.records import TenantStore, VideoRecord
 from pipelines.storage import StorageOptions
 from tests.pipelines.serving.conftest import Running, running, wait_until
+from tests.pipelines.serving.test_videos import png
 
 OLD = "video_" + "0" * 24
 OLD_BATCH = "0" * 16
@@ -97,12 +98,10 @@ def test_photo_check_shows_the_face_that_the_model_will_see(tiny: Running, astro
 
 
 def test_photo_check_of_a_photo_without_a_face_says_why(tiny: Running) -> None:
-    buffer = io.BytesIO()
-    Image.new("RGB", (256, 256), (90, 120, 90)).save(buffer, "PNG")
-    photo = base64.b64encode(buffer.getvalue()).decode()
-    check = tiny.client.post("/v1/identities", json={"photo": photo}).json()
+    photo = png(256, 256)
+    check = tiny.client.post("/v1/identities", json={"photo": base64.b64encode(photo).decode()}).json()
     assert (check["usable"], check["refusal"]["code"], check["crop"]) == (False, "no_face", None)
-    video = tiny.create(buffer.getvalue())
+    video = tiny.create(photo)
     failed = tiny.wait(video["id"])
     assert (failed["status"], failed["error"]["code"]) == ("failed", "no_face")
 
