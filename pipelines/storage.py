@@ -261,7 +261,7 @@ class _LocalPath(StoragePath):
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError as error:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise NotFoundError(f"{self}: there is no such file") from error
         except PermissionError as error:
             raise StorageError(

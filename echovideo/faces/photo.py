@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from echovideo.errors import PhotoRefusedError
 
@@ -63,8 +63,10 @@ def open_photo(
             numbers={"max_pixels": max_pixels},
         ) from error
     except _DAMAGED as error:
+        # Pillow says of an unknown format where in memory it was read.
+        why = "its format is not known" if isinstance(error, UnidentifiedImageError) else error
         raise PhotoRefusedError(
-            f"the photo ({len(data)} bytes) cannot be read as an image: {error}. Save it again as JPEG or PNG",
+            f"the photo ({len(data)} bytes) cannot be read as an image: {why}. Save it again as JPEG or PNG",
             code="not_an_image",
             numbers={"bytes": len(data)},
         ) from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
 import time
 from collections.abc import Collection
@@ -25,6 +26,7 @@ from pipelines.storage import NotFoundError, StoragePath
 Scope = Literal["read", "render", "admin"]
 """read: see one's tenant's videos. render: make, delete and check photos. admin: delete in bulk, and see metrics."""
 
+_KEY_ID = re.compile(r"[0-9a-f]{12}")
 LINK_S = 15 * 60.0
 SESSION_S = 12 * 3600.0
 
@@ -98,14 +100,13 @@ class Access:
 
     def revoke_key(self, key_id: str) -> None:
         """Delete a key; whoever uses it is refused within seconds. Raises RequestError `no_key`."""
-        path = self.folder / "keys" / f"{key_id}.json"
-        if not key_id.isalnum() or not path.exists():
+        if self.find_key(key_id) is None:
             raise RequestError(f"there is no key {key_id}", code="no_key")
-        path.delete()
+        (self.folder / "keys" / f"{key_id}.json").delete()
 
     def find_key(self, key_id: str) -> Key | None:
         """Return a key by its id, None if there is none."""
-        if not key_id.isalnum():
+        if not _KEY_ID.fullmatch(key_id):
             return None
         try:
             return _key((self.folder / "keys" / f"{key_id}.json").read_json())

@@ -26,6 +26,8 @@ _HEALTH_CHECK_S = 2.0
 """How soon a dead replica is noticed, and another started."""
 
 
+_LONG_MESSAGES = {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "-1"}
+"""A photo comes in one message, and gRPC's own limit is 4 MB; bodies have theirs."""
 _ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 """What only waits needs one event loop; three of them in a process keep each other waiting."""
 PROXY_ENVIRONMENT = {
@@ -86,9 +88,12 @@ def bind(config: ServiceConfig, load_stages: Callable[[], Sequence[type[Stage]]]
     faces = serve.deployment(
         max_ongoing_requests=8,
         max_queued_requests=32,
-        ray_actor_options={"num_cpus": shares["identity"].num_cpus},
+        ray_actor_options={
+            "num_cpus": shares["identity"].num_cpus,
+            "runtime_env": {"env_vars": _LONG_MESSAGES},
+        },
     )(FaceCheck).bind(config)
-    light = {"num_cpus": 0.1, "runtime_env": {"env_vars": _ONE_LOOP}}
+    light = {"num_cpus": 0.1, "runtime_env": {"env_vars": _ONE_LOOP | _LONG_MESSAGES}}
     dispatcher = serve.deployment(
         max_ongoing_requests=_MANY,
         health_check_period_s=_HEALTH_CHECK_S,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,11 @@ class Batch:
         """Rows of the manifest."""
         return len(self.manifest.requests) + len(self.manifest.refusals)
 
+    @property
+    def by_kind(self) -> dict[str, int]:
+        """Rows that have ended, by each kind of outcome."""
+        return {kind: self.counts[kind] for kind in KINDS}
+
     def take_requests(self) -> list[RenderRequest]:
         """Return the rows to be queued, once: by bucket, so that a renderer keeps one shape, then by photo."""
         rows = sorted(self.requests.values(), key=lambda row: (row.bucket, row.photo_uri or "", row.row_id))
@@ -60,14 +65,14 @@ class Batches:
     def __init__(self, config: ServiceConfig) -> None:
         self.config = config
         self.live: dict[tuple[str, str], Batch] = {}
-        self._starting = asyncio.Lock()
+        self._starting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def start(self, tenant: str, run: RunConfig) -> Batch:
         """Become the driver of a run, or return the batch that is at work; what ended without a video is tried again.
 
         Raises RunError `already_running` while another driver lives, and what `validate` raises.
         """
-        async with self._starting:
+        async with self._starting[tenant]:
             batch = self.live.get((tenant, run.run_id))
             if batch is None:
                 batch = await asyncio.to_thread(_open, tenant, run)
@@ -103,6 +108,12 @@ class Batches:
         await asyncio.to_thread(self._ledger(tenant, run_id).delete_run)
         return True
 
+    async def delete_older(self, tenant: str, before: float) -> None:
+        """Delete the tenant's batches that have ended and were made before a time in seconds since 1970."""
+        for view in await self.views(tenant):
+            if view["status"] in ("completed", "cancelled", "failed") and view["created_at"] < before:
+                await self.delete(tenant, view["id"])
+
     def close(self) -> None:
         """End every turn; the next dispatcher goes on."""
         for batch in self.live.values():
@@ -132,7 +143,13 @@ class Batches:
             return None
         accepted = _read(ledger, "accepted.json") or {}
         ended = _read(ledger, "ended.json")
-        counts = ledger.counts() if batch is None else {kind: batch.counts[kind] for kind in KINDS}
+        if batch is not None:
+            counts = batch.by_kind
+        elif ended and "counts" in ended and not (ledger.folder / f"epochs/{ended['epoch'] + 1}.json").exists():
+            # Written down, because to count is to read every row.
+            counts = ended["counts"]
+        else:
+            counts = ledger.counts()
         num_ended = sum(counts.values())
         error = (ended or {}).get("error")
         if batch is not None:
@@ -197,7 +214,8 @@ def _open(tenant: str, run: RunConfig) -> Batch:
 def _close(batch: Batch) -> None:
     try:
         publish(batch.run, batch.manifest, batch.ledger)
-        (batch.ledger.folder / "ended.json").write_json({"error": None})
+        ended = {"error": None, "epoch": batch.epoch.number, "counts": batch.by_kind}
+        (batch.ledger.folder / "ended.json").write_json(ended)
     except EchoVideoError as error:
         # Its rows are committed all the same; the views can be made again.
         _log.error("the report of run %s was not written: %s", batch.run.run_id, error)

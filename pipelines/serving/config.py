@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from echovideo.errors import RunError
+from echovideo.errors import RequestError, RunError, StorageError
 from echovideo.model.card import ModelCard, folder_digest, read_card
 from echovideo.model.config import TransformerConfig, read_config
 from echovideo.request import FacePolicy
@@ -108,9 +108,14 @@ class ServiceConfig:
         )
 
     def batch(self, tenant: str, manifest: str, defaults: Defaults, *, require_consent: bool) -> RunConfig:
-        """Return the run of a manifest of the tenant's; raises StorageError `uri_not_allowed`, `not_found`."""
+        """Return the run of a manifest of the tenant's; raises StorageError `uri_not_allowed`, `not_found`,
+        and RequestError `invalid_manifest` for what is no address.
+        """
         policy = _policy(self.input_roots(tenant))
-        path = StoragePath.parse(manifest, self.storage)
+        try:
+            path = StoragePath.parse(manifest, self.storage)
+        except StorageError as error:
+            raise RequestError(error.message, code="invalid_manifest") from error
         check_uri(str(path), policy)
         return RunConfig(
             manifest=str(path),

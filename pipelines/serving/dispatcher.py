@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from echovideo.errors import EchoVideoError, RequestError, RunError, StorageError
@@ -100,7 +101,13 @@ def _once_ready(
 ) -> Callable[Concatenate[Dispatcher, P], Coroutine[Any, Any, T | Refused]]:
     @wraps(method)
     async def checked(self: Dispatcher, /, *args: P.args, **kwargs: P.kwargs) -> T | Refused:
-        return await method(self, *args, **kwargs) if self.ready else _STANDBY
+        if not self.ready:
+            return _STANDBY
+        # Serve cancels the call of a client that hangs up; what has begun to be written must get into the index too.
+        call = asyncio.ensure_future(method(self, *args, **kwargs))
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        return await asyncio.shield(call)
 
     return checked
 
@@ -123,8 +130,10 @@ class Dispatcher:
         self.metrics = Metrics()
         self.batches = Batches(config)
         self._wake = asyncio.Event()
+        self._nets = ""
         self._fatal: BaseException | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._calls: set[asyncio.Future[Any]] = set()
         self._background(self._work())
 
     def check_health(self) -> None:
@@ -458,15 +467,16 @@ class Dispatcher:
 
     async def _purge(self, home: Tenant, record: VideoRecord, outcome: RowOutcome | None) -> None:
         """Delete all files of a request that nothing else needs, its marker last."""
-        nets = await self.faces.nets.remote()
-        key = self._key(record, outcome, nets)
         while record.video_id in home.removing:
-            async with home.files:
-                others = list(home.entries)
-                shared = any(self._key(other.record, other.outcome, nets) == key for other in others)
-                needed = {other.record.photo_sha256 for other in others}
-                needed |= {other.record.photo_sha256 for other in home.accepting.values()}
-                try:
+            try:
+                # It may be loading, busy or lost.
+                nets = self._nets = self._nets or await self.faces.nets.remote()
+                key = self._key(record, outcome, nets)
+                async with home.files:
+                    others = list(home.entries)
+                    shared = any(self._key(other.record, other.outcome, nets) == key for other in others)
+                    needed = {other.record.photo_sha256 for other in others}
+                    needed |= {other.record.photo_sha256 for other in home.accepting.values()}
                     await asyncio.to_thread(
                         _delete_request,
                         home.store,
@@ -476,8 +486,8 @@ class Dispatcher:
                     )
                     home.removing.pop(record.video_id, None)
                     return
-                except StorageError as error:
-                    _log.warning("%s is not deleted yet: %s", record.video_id, error)
+            except (StorageError, RayError, RayServeException) as error:
+                _log.warning("%s is not deleted yet: %s", record.video_id, error)
             await asyncio.sleep(_PURGE_AGAIN_S)
 
     def _key(self, record: VideoRecord, outcome: RowOutcome | None, nets: str) -> str:
@@ -496,10 +506,13 @@ class Dispatcher:
         while True:
             try:
                 if self.config.retention_days is not None:
+                    before = time.time() - self.config.retention_days * 86400
                     for tenant in list(self.tenants):
-                        await self.delete_older(tenant, time.time() - self.config.retention_days * 86400)
+                        await self.delete_older(tenant, before)
+                        await self.batches.delete_older(tenant, before)
                 await asyncio.to_thread(Access(self.config.store_path).sweep, time.time())
-            except StorageError as error:
+            except EchoVideoError as error:
+                # The store is away, or the command line is at work on an old batch.
                 _log.warning("what is old is deleted later: %s", error)
             await asyncio.sleep(SWEEP_EVERY_S)
 

@@ -11,7 +11,7 @@ Layout under the store:
     tenants/<tenant>/runs/on-demand/uploads/<sha256>.jpg its photo, a JPEG of pixels alone
     tenants/<tenant>/runs/on-demand/removed/<id>   marker: what is left of this request is to be deleted
     tenants/<tenant>/runs/<run_id>/accepted.json   a batch that the service was asked to render
-    tenants/<tenant>/runs/<run_id>/ended           marker: every row of it has ended, and its views are written
+    tenants/<tenant>/runs/<run_id>/ended.json      every row of it has ended, how, and its views are written
 
 Claims, attempts, outcomes, identities and pictures of single requests lie in `runs/on-demand/` as those of any run,
 with the request's id as the row's. A request without an outcome or attempt is queued: that is all of the queue.
@@ -35,8 +35,6 @@ from pipelines.serving.config import OnDemandRun, ServiceConfig
 from pipelines.storage import StoragePath, encode_json
 
 RECORD_VERSION = 1
-VIDEO_ID = re.compile(r"video_[0-9a-f]{24}")
-RUN_ID = re.compile(r"[0-9a-f]{16}")
 _TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
@@ -148,8 +146,13 @@ class TenantStore:
         """Write a request with the identity that it names, its photo first, and return the record that stands.
 
         `photo` is None where the upload is there already. Raises RequestError `idempotency_mismatch` when the id, made
-        of an Idempotency-Key, stands for another request, and what `Identities.check` raises.
+        of an Idempotency-Key, stands for another request, `consent_missing`, `not_found` for an upload that has gone,
+        and what `Identities.check` raises.
         """
+        if self.run.require_consent and not record.request.consent_id:
+            raise RequestError("consent_id is missing, and this service asks for one", code="consent_missing")
+        if photo is None and not self.upload_path(record.photo_sha256).exists():
+            raise RequestError("the video to be remixed was deleted this moment", code="not_found")
         identity = Identities(self.run.output_path).check(record.request, self.run.model_digest)
         record = replace(record, identity=identity)
         if photo is not None:

@@ -17,7 +17,7 @@ from pipelines.manifest import Defaults
 from pipelines.serving.api.bodies import read_json, stored_file
 from pipelines.serving.api.problems import ProblemError, not_found, responses
 from pipelines.serving.api.schemas import Batch, BatchCreate, BatchDeleted, BatchList
-from pipelines.serving.api.service import Admin, Maker, Reader, ServiceHere
+from pipelines.serving.api.service import Admin, Maker, Reader, Service, ServiceHere
 from pipelines.serving.config import ServiceConfig
 from pipelines.validation import with_identities
 
@@ -56,7 +56,11 @@ async def create_batch(request: Request, service: ServiceHere, caller: Maker) ->
     if asked.num_frames is not None and asked.seconds is not None:
         raise RequestError("give num_frames or seconds, not both", code="invalid_num_frames")
     await service.ask("allow", caller.key)
-    tenant = caller.key.tenant
+    # A client that hangs up meanwhile must not leave a batch that is accepted and not begun.
+    return await asyncio.shield(asyncio.ensure_future(_start(service, caller.key.tenant, asked)))
+
+
+async def _start(service: Service, tenant: str, asked: BatchCreate) -> Any:
     try:
         run = await asyncio.to_thread(_accept, service.config, tenant, asked)
     except (RunError, StorageError) as error:

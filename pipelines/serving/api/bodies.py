@@ -78,6 +78,7 @@ async def read_asked(request: Request, kind: type[Asked], *, files: tuple[str, .
             415, "unsupported_media_type", "send application/json or multipart/form-data", headers={"Accept": "*/*"}
         )
     values: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
     content: bytes | None = None
     async with request.form(max_files=1, max_fields=64, max_part_size=_MAX_FIELD_BYTES) as form:
         for name, value in form.multi_items():
@@ -88,10 +89,10 @@ async def read_asked(request: Request, kind: type[Asked], *, files: tuple[str, .
                     )
                 content = await value.read()
             elif nested := _NESTED.fullmatch(name):
-                values.setdefault(nested[1], {})[nested[2]] = value
+                inner.setdefault(nested[1], {})[nested[2]] = value
             else:
                 values[name] = _tags(value) if name == "tags" else value
-    return kind.model_validate(values), content
+    return kind.model_validate(values | inner), content
 
 
 async def read_json(request: Request, kind: type[Asked]) -> Asked:
@@ -129,8 +130,6 @@ async def stored_file(request: Request, path: StoragePath, media_type: str, what
         status = 206
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{file.num_bytes}"
     headers["Content-Length"] = str(stop - start)
-    if request.method == "HEAD":
-        return Response(status_code=status, headers=headers, media_type=media_type)
     return StreamingResponse(_chunks(path, start, stop), status, headers=headers, media_type=media_type)
 
 

@@ -18,6 +18,7 @@ from echovideo.request import (
     Tier,
 )
 
+_Tag = Annotated[str, Field(max_length=512)]
 _SIZE_TEXT = f"WIDTHxHEIGHT in pixels, multiples of 16, or one of {', '.join(SIZES)}; by default as trained."
 
 
@@ -60,7 +61,7 @@ class VideoSettings(_Asked):
         float | None, Field(description="Render with further seeds until the video looks this much like the photo.")
     ] = None
     tries: Annotated[int, Field(description="Seeds that may be spent on that.")] = 1
-    tags: Annotated[dict[str, str], Field(description="Passed through to the record.")] = {}
+    tags: Annotated[dict[_Tag, _Tag], Field(max_length=64, description="Passed through to the record.")] = {}
 
 
 class VideoCreate(VideoSettings):

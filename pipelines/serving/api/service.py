@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import hashlib
 import hmac
 import time
@@ -53,7 +54,8 @@ class Service:
         """Return a video, None if the tenant has none of that id; all that are wanted meanwhile share the next call."""
         found = self._wanted.setdefault((tenant, video_id), asyncio.get_running_loop().create_future())
         if self._finding is None or self._finding.done():
-            self._finding = asyncio.create_task(self._find_wanted())
+            # In no client's name: Serve would cancel it for all as soon as that one hangs up.
+            self._finding = asyncio.create_task(self._find_wanted(), context=contextvars.Context())
         return await asyncio.shield(found)
 
     async def _find_wanted(self) -> None:
@@ -120,7 +122,7 @@ def needs(scope: Scope) -> Callable[..., Awaitable[Caller]]:
             raise _unauthenticated("the API key or the session is not, or no longer, valid")
         if scope not in caller.key.scopes:
             raise ProblemError(403, "forbidden", f"this needs a key with the scope {scope!r}", headers=_LOOKED_UP_AGAIN)
-        if caller.session is not None and request.method not in ("GET", "HEAD"):
+        if caller.session is not None and request.method != "GET":
             _check_same_site(request, caller.session.csrf_token)
         return caller
 

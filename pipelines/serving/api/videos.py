@@ -14,7 +14,7 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from fastapi.responses import Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from echovideo.errors import PhotoRefusedError, RequestError
+from echovideo.errors import RequestError
 from echovideo.model.config import TransformerConfig
 from echovideo.request import (
     DEFAULT_STEPS,
@@ -112,8 +112,6 @@ async def create_video(
             raise RequestError("image_url must be a data: address; nothing is fetched", code="invalid_photo")
         upload = photo_of_text(given)
     wanted = _render_request(asked, service.config.transformer)
-    if service.config.require_consent and not wanted.consent_id:
-        raise RequestError("consent_id is missing, and this service asks for one", code="consent_missing")
     photo = await asyncio.to_thread(clean_photo, upload)
     return await _accept(service, caller, wanted, photo, hashlib.sha256(photo).hexdigest(), idempotency_key)
 
@@ -241,6 +239,7 @@ async def watch_video(
     a client closes its side then. When the connection breaks, a new one starts with how things stand.
     """
     seen = seen_preview = 0
+    shown: dict[str, Any] = {}
     while True:
         try:
             state = await service.ask("watch", *video, seen, seen_preview, _QUIET_S, within_s=2 * _QUIET_S)
@@ -256,8 +255,10 @@ async def watch_video(
         if state["preview"] is not None:
             seen_preview = state["preview_version"]
             yield ServerSentEvent(event="preview", data={"step": view["step"], "jpeg": data_url(state["preview"])})
-        if state["version"] != seen:
-            seen = state["version"]
+        seen = state["version"]
+        # Its place in the queue changes without a change of its own.
+        if view != shown:
+            shown = view
             yield ServerSentEvent(event="video", id=str(seen), data=view)
         if view["status"] in ("completed", "failed"):
             return
@@ -279,11 +280,7 @@ async def check_identity(request: Request, service: ServiceHere, caller: Maker) 
             raise RequestError("photo is missing; send the photo of the person", code="invalid_photo")
         upload = photo_of_text(asked.photo)
     await service.ask("allow", caller.key)
-    try:
-        photo = await asyncio.to_thread(clean_photo, upload)
-    except PhotoRefusedError as error:
-        raise ProblemError(422, error.code, error.message) from error
-    return await service.check_face(photo)
+    return await service.check_face(await asyncio.to_thread(clean_photo, upload))
 
 
 class _OptionalPhoto(PhotoCheck):

@@ -63,6 +63,12 @@ def test_batch_ends_with_every_row_counted_and_its_report_to_be_read(stub: Runni
     assert ledger.counts() == batch["counts"]
     assert not ledger.is_driven()
     assert batch["id"] in [each["id"] for each in stub.client.get("/v1/batches").json()["data"]]
+    # What has ended is not counted again, until a later driver such as the command line has been at it.
+    ended = ledger.folder / "ended.json"
+    ended.write_json({**ended.read_json(), "counts": {**batch["counts"], "ok": 9}})
+    assert view(stub, batch["id"])["counts"]["ok"] == 9
+    ledger.open_epoch().close()
+    assert view(stub, batch["id"])["counts"] == batch["counts"]
 
     # The same manifest and settings are the same batch; only what failed is tried again.
     renders = stub.renders()
@@ -109,11 +115,13 @@ def test_single_request_goes_before_the_rows_of_a_batch_and_cancelling_keeps_wha
         ("../../rival/inputs/m.parquet", "invalid_manifest"),
         ("s3://elsewhere/m.parquet", "uri_not_allowed"),
         ("text.parquet", "manifest"),
+        ("https://elsewhere/m.parquet", "invalid_manifest"),
+        ("folder", "not_found"),
     ],
 )
 def test_batch_of_what_is_no_manifest_of_the_tenants_is_refused(stub: Running, manifest: str, code: str) -> None:
     folder: Path = stub.tenant() / "inputs"
-    folder.mkdir(exist_ok=True, parents=True)
+    (folder / "folder").mkdir(exist_ok=True, parents=True)
     (folder / "text.parquet").write_text("no Parquet")
     answer = stub.client.post("/v1/batches", json={"manifest": manifest})
     assert (answer.status_code, answer.json()["code"]) == (422, code)

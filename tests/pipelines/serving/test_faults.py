@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -18,6 +20,12 @@ SLOW = json.dumps({"step_s": "0.2"})
 def outcomes_of(stub: Running, video_id: str) -> list[Path]:
     folder = stub.tenant() / "runs/on-demand"
     return [*(folder / "outcomes").glob(f"{video_id}.json"), *(folder / "attempts" / video_id).glob("*.json")]
+
+
+def dispatcher_of(stub: Running) -> int:
+    """The process whose turn it is."""
+    newest = max((stub.store / "runs/service/epochs").glob("*.json"), key=lambda path: int(path.stem))
+    return int(json.loads(newest.read_text())["pid"])
 
 
 def claims_of(stub: Running, video_id: str) -> list[dict[str, object]]:
@@ -59,9 +67,8 @@ def test_dispatcher_killed_with_a_queue_loses_nothing_and_renders_nothing_twice(
     running = stub.create(astronaut_png, seed=320, tags=SLOW)["id"]
     queued = [stub.create(astronaut_png, seed=321 + i)["id"] for i in range(5)]
     wait_until(lambda: len(stub.steps(running)) >= 2)
-    epochs = stub.store / "runs/service/epochs"
-    newest = max(epochs.glob("*.json"), key=lambda path: int(path.stem))
-    os.kill(json.loads(newest.read_text())["pid"], signal.SIGKILL)
+    killed = dispatcher_of(stub)
+    os.kill(killed, signal.SIGKILL)
 
     def answers() -> bool:
         answer = stub.client.get(f"/v1/videos/{running}")
@@ -69,7 +76,7 @@ def test_dispatcher_killed_with_a_queue_loses_nothing_and_renders_nothing_twice(
         assert answer.status_code in (200, 503), answer.text
         return answer.status_code == 200
 
-    wait_until(lambda: len(list(epochs.glob("*.json"))) > int(newest.stem))
+    wait_until(lambda: dispatcher_of(stub) != killed)
     wait_until(answers)
     for video_id in (running, *queued):
         assert stub.wait(video_id)["status"] == "completed"
@@ -77,6 +84,23 @@ def test_dispatcher_killed_with_a_queue_loses_nothing_and_renders_nothing_twice(
     assert {video_id: renders[video_id] for video_id in (running, *queued)} == dict.fromkeys((running, *queued), 1)
     assert stub.view(ended["id"]) == ended
     assert all(len(outcomes_of(stub, video_id)) == 1 for video_id in (running, *queued))
+
+
+def test_client_that_hangs_up_leaves_others_their_answer_of_the_same_call(stub: Running) -> None:
+    host, port = stub.url.split("/")[2].split(":")
+    path, key = "/v1/videos/video_" + "0" * 24, stub.client.headers["Authorization"]
+    pid = dispatcher_of(stub)
+    os.kill(pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        with socket.create_connection((host, int(port)), 30) as first:
+            first.sendall(f"GET /stub{path} HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\n\r\n".encode())
+            # What the ingress answers by itself comes after what it was asked before.
+            stub.client.get("/v1/session")
+            other = pool.submit(stub.client.get, path)
+            stub.client.get("/v1/session")
+        stub.client.get("/v1/session")
+        os.kill(pid, signal.SIGCONT)
+        assert other.result().status_code == 404
 
 
 def test_full_queue_is_answered_429_and_drains_without_loss(stub: Running, astronaut_png: bytes) -> None:
@@ -113,9 +137,7 @@ def test_drained_dispatcher_finishes_what_runs_and_the_next_one_takes_up_the_res
     assert stub.client.get("/healthz").status_code == 503
     finished = sorted((stub.tenant() / "runs/on-demand/epochs").glob("*.finished"))
     assert finished != []
-    epochs = stub.store / "runs/service/epochs"
-    newest = max(epochs.glob("*.json"), key=lambda path: int(path.stem))
-    os.kill(json.loads(newest.read_text())["pid"], signal.SIGKILL)
+    os.kill(dispatcher_of(stub), signal.SIGKILL)
     wait_until(lambda: _status(stub, "/healthz") == 200)
     assert stub.wait(queued)["status"] == "completed"
     assert stub.view(running)["status"] == "completed"

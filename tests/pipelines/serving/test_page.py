@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import re
 import secrets
 from collections.abc import Iterator
@@ -14,13 +13,13 @@ from typing import Any
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, FilePayload, Locator, Page, expect
 
 from echovideo.request import RenderRequest
 from pipelines.manifest import write_manifest
 from pipelines.storage import StoragePath
 from tests.pipelines.serving.conftest import Running, wait_until
+from tests.pipelines.serving.test_videos import png
 
 PATIENCE_MS = 30_000
 SLOW = '{"step_s": "0.25"}'
@@ -116,12 +115,6 @@ def watch(context: BrowserContext, url: str, wrong: list[str]) -> None:
 @pytest.fixture
 def photo(astronaut_png: bytes) -> FilePayload:
     return {"name": "astronaut.png", "mimeType": "image/png", "buffer": astronaut_png}
-
-
-def png(width: int, height: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (width, height), (90, 120, 90)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def fill(page: Page, photo: FilePayload, prompt: str = "A woman waves") -> None:

@@ -30,8 +30,10 @@ from pipelines.serving.config import ServiceConfig
 from pipelines.serving.records import TenantStore, VideoRecord
 from pipelines.storage import StorageOptions
 from tests.pipelines.serving.conftest import Running, running, wait_until
+from tests.pipelines.serving.test_videos import png
 
 OLD = "video_" + "0" * 24
+OLD_BATCH = "0" * 16
 PATIENCE_MS = 60_000
 SHAPE = {"num_inference_steps": 6, "seed": 5}
 
@@ -53,21 +55,26 @@ def tiny(serve_port: int, tiny_folder: Path, s3_options: StorageOptions) -> Iter
 
 
 def put_old_request(config: ServiceConfig) -> None:
-    """Leave what a service of two days ago would have: a request that was refused, and its photo."""
+    """Leave what a service of two days ago would have: a request that was refused, and its photo; and a batch."""
     home = TenantStore(config, "old")
     request = RenderRequest(row_id=OLD, prompt="p", photo_uri="uploads/0.jpg")
     record = VideoRecord(
         tenant="old", key_id="k", created_at=time.time() - 2 * 86400, request=request, photo_sha256="0", nonce="n"
     )
     home.accept(record, b"photo")
+    batch = home.ledger.root / "runs" / OLD_BATCH
+    (batch / "run.json").write_json({"manifest": "m", "card": {"name": "tiny"}})
+    (batch / "accepted.json").write_json({"created_at": record.created_at, "num_rows": 0})
+    (batch / "ended.json").write_json({"error": None})
     with home.ledger.open_epoch() as epoch:
         home.ledger.commit(Rejected(row_id=OLD, code="no_face", message="m"), epoch.number)
 
 
-def test_video_older_than_its_retention_is_deleted_with_its_photo(tiny: Running) -> None:
+def test_what_is_older_than_its_retention_is_deleted_with_its_photo(tiny: Running) -> None:
     folder = tiny.config.tenant_root("old") / "runs/on-demand"
     wait_until(lambda: not any((folder / name).exists() for name in (f"requests/{OLD}.json", "uploads/0.jpg")))
     wait_until(lambda: not (folder / "removed" / OLD).exists())
+    wait_until(lambda: (folder.parent / OLD_BATCH).list_files() == [])
     assert not (folder / "outcomes" / f"{OLD}.json").exists()
 
 
@@ -91,12 +98,10 @@ def test_photo_check_shows_the_face_that_the_model_will_see(tiny: Running, astro
 
 
 def test_photo_check_of_a_photo_without_a_face_says_why(tiny: Running) -> None:
-    buffer = io.BytesIO()
-    Image.new("RGB", (256, 256), (90, 120, 90)).save(buffer, "PNG")
-    photo = base64.b64encode(buffer.getvalue()).decode()
-    check = tiny.client.post("/v1/identities", json={"photo": photo}).json()
+    photo = png(256, 256)
+    check = tiny.client.post("/v1/identities", json={"photo": base64.b64encode(photo).decode()}).json()
     assert (check["usable"], check["refusal"]["code"], check["crop"]) == (False, "no_face", None)
-    video = tiny.create(buffer.getvalue())
+    video = tiny.create(photo)
     failed = tiny.wait(video["id"])
     assert (failed["status"], failed["error"]["code"]) == ("failed", "no_face")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import io
@@ -10,6 +11,8 @@ import os
 import socket
 import warnings
 from pathlib import Path
+from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import httpx
 import openai
@@ -18,7 +21,10 @@ from PIL import Image
 
 from echovideo.video import decode_mp4
 from pipelines.serving.api.bodies import MAX_BODY_BYTES
+from pipelines.serving.api.videos import watch_video
+from pipelines.serving.photos import clean_photo
 from tests.pipelines.serving.conftest import SHAPE, Running, wait_until
+from tests.pipelines.serving.test_photos import secretive
 
 SLOW = json.dumps({"step_s": "0.3"})
 
@@ -182,6 +188,9 @@ def test_create_as_json_takes_the_photo_as_base64(stub: Running, astronaut_png: 
         ({"prompt": " "}, "invalid_request"),
         ({"sede": "3"}, "invalid_request"),
         ({"seed": "three"}, "invalid_request"),
+        ({"tags": "[1]", "tags[a]": "b", "seconds": "0"}, "invalid_num_frames"),
+        ({"tags": json.dumps({"a": "x" * 513})}, "invalid_request"),
+        ({"tags": '{"a": "\\ud800"}'}, "invalid_request"),
     ],
 )
 def test_create_with_a_bad_value_is_refused_with_the_batch_paths_code(
@@ -199,6 +208,16 @@ def test_create_with_what_is_no_photo_is_refused_at_once(stub: Running) -> None:
     for photo, code in ((b"text", "not_an_image"), (png(8, 8), "too_small"), (png(10_000, 6_000), "too_large")):
         answer = stub.client.post("/v1/videos", data={"prompt": "p"}, files={"photo": ("p.png", photo)})
         assert (answer.status_code, answer.json()["code"]) == (422, code)
+        assert "object at" not in answer.json()["detail"]
+
+
+def test_photo_as_large_as_a_telephones_is_checked_and_accepted(stub: Running) -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((2600, 2600), 99).save(buffer, "JPEG", quality=95)
+    assert len(buffer.getvalue()) > 5 * 2**20
+    check = stub.client.post("/v1/identities", files={"photo": ("p.jpg", buffer.getvalue())})
+    assert (check.status_code, check.json().get("usable")) == (200, False)
+    stub.forget(stub.create(buffer.getvalue(), seed=52)["id"])
 
 
 def test_create_larger_than_the_limit_is_refused_before_the_body_is_read(stub: Running) -> None:
@@ -213,23 +232,11 @@ def test_create_larger_than_the_limit_is_refused_before_the_body_is_read(stub: R
         assert connection.recv(4096).startswith(b"HTTP/1.1 413")
 
 
-def test_upload_is_kept_without_its_place_and_other_exif(stub: Running) -> None:
-    image = Image.new("RGB", (80, 64), (200, 10, 10))
-    exif = Image.Exif()
-    exif[0x010F] = "SecretCamera"
-    exif[0x0112] = 6
-    exif.get_ifd(0x8825)[2] = (48.0, 51.0, 29.6)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", exif=exif, comment=b"SecretComment")
-    assert b"SecretCamera" in buffer.getvalue()
-    video = stub.create(buffer.getvalue(), seed=50)
-    record = stub.record(video["id"])
-    kept = (stub.tenant() / "runs/on-demand/uploads" / f"{record['photo_sha256']}.jpg").read_bytes()
-    assert b"Secret" not in kept
-    with Image.open(io.BytesIO(kept)) as seen:
-        # How it is turned is a part of the picture.
-        assert dict(seen.getexif()) == {0x0112: 6}
-        assert "comment" not in seen.info
+def test_upload_is_kept_as_its_pixels_alone(stub: Running) -> None:
+    upload = secretive(6)
+    video = stub.create(upload, seed=50)
+    name = stub.record(video["id"])["photo_sha256"]
+    assert (stub.tenant() / f"runs/on-demand/uploads/{name}.jpg").read_bytes() == clean_photo(upload)
     stub.wait(video["id"])
 
 
@@ -343,6 +350,17 @@ def test_events_tell_each_change_with_previews_and_end_with_the_video(stub: Runn
     picture = base64.b64decode(previews[0]["jpeg"].removeprefix("data:image/jpeg;base64,"))
     with Image.open(io.BytesIO(picture)) as image:
         assert image.size == (32, 32)
+
+
+def test_events_tell_when_a_waiting_videos_turn_comes_nearer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.serving.api.videos.EVENT_EVERY_S", 0)
+    views = [{"status": status} for status in ("two go first", "two go first", "next", "completed")]
+    service = Mock(ask=AsyncMock(side_effect=[{"version": 1, "video": view, "preview": None} for view in views]))
+
+    async def watch() -> list[Any]:
+        return [event.data async for event in watch_video(service, ("studio", "video"))]
+
+    assert asyncio.run(watch()) == views[1:]
 
 
 def test_events_of_a_video_that_is_deleted_end_with_that(stub: Running, astronaut_png: bytes) -> None:
