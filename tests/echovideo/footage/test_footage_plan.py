@@ -36,7 +36,6 @@ def scan(
     return Scan(
         width=width,
         height=height,
-        stride=2,
         pack="antelopev2-0",
         sightings=tuple(
             Sighting(frame_index=2 * at, difference=0.8 if at in cuts else 0.02, faces=tuple(faces))
