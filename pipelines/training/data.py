@@ -135,7 +135,7 @@ def _making(config: DataConfig, card: ModelCard) -> dict[str, Any]:
         "model": card.name,
         "model_digest": folder_digest(folder),
         "face_nets": nets,
-        "footage": (config.footage or settings_for(model, nets)).to_record(),
+        "footage": asdict(config.footage or settings_for(model, nets)),
     }
     # As it will be read back: lists for tuples.
     record: dict[str, Any] = json.loads(json.dumps(making))
@@ -254,7 +254,7 @@ def _publish(
     views = _views(manifest, outcomes, job.ledger)
     (output / CLIPS).write_bytes(_parquet(clips_table(views)))
     (output / REPORT).write_bytes(render_dataset_report(dataset, views).encode())
-    (output / DATASET_JSON).write_bytes(encode_json(dataset.to_record()))
+    (output / DATASET_JSON).write_bytes(encode_json(asdict(dataset)))
 
 
 def _views(manifest: ClipManifest, outcomes: Mapping[str, ClipOutcome], ledger: ClipLedger) -> list[ClipView]:
