@@ -39,7 +39,6 @@ from echovideo.training.dataset import (
     SCHEMA,
     SHARDS,
     DatasetCard,
-    Example,
     making_digest,
     table,
 )
@@ -213,10 +212,6 @@ def _recordings(prepared: Iterable[Prepared]) -> dict[str, str]:
     return recordings
 
 
-def _examples(outcomes: Iterable[ClipOutcome]) -> list[Example]:
-    return [outcome.example for outcome in outcomes if isinstance(outcome, Prepared)]
-
-
 def _publish(
     manifest: ClipManifest,
     outcomes: Mapping[str, ClipOutcome],
@@ -227,10 +222,9 @@ def _publish(
     """Write the dataset's tables and card; the card goes first and comes last, so no reader sees halves of two."""
     output = job.output
     (output / DATASET_JSON).delete()
-    examples = _examples(outcomes.values())
-    references = [
-        reference for outcome in outcomes.values() if isinstance(outcome, Prepared) for reference in outcome.references
-    ]
+    prepared = [outcome for outcome in outcomes.values() if isinstance(outcome, Prepared)]
+    examples = [outcome.example for outcome in prepared]
+    references = [reference for outcome in prepared for reference in outcome.references]
     files = {
         EXAMPLES: _parquet(table(examples, EXAMPLES_SCHEMA)),
         REFERENCES: _parquet(table(references, REFERENCES_SCHEMA)),
