@@ -297,16 +297,11 @@ def render_report(view: RunView) -> str:
     those without a video come first and the page says how many are not shown.
     """
     counts = Counter(kind_of(row.outcome) for row in view.rows)
-    css = resource("report.css")
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        resource("report.html.j2")
-    )
     shown = _shown(view.rows)
     started, finished = datetime.fromisoformat(view.started), datetime.fromisoformat(view.finished)
-    return page.render(
+    return render_page(
+        "report.html.j2",
         run=view,
-        css=Markup(css),
-        css_digest=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
         started=f"{started:%d %B %Y, %H:%M}",
         finished=f"{finished:%d %B %Y, %H:%M %Z}" if finished.date() != started.date() else f"{finished:%H:%M %Z}",
         figures=_figures(view.rows, (finished - started).total_seconds()),
@@ -318,9 +313,15 @@ def render_report(view: RunView) -> str:
     )
 
 
-def resource(name: str) -> str:
-    """Return the text of a file of `templates/`."""
-    return (files("pipelines") / "templates" / name).read_text()
+def render_page(template: str, **values: Any) -> str:
+    """Return the page of a file of `templates/`, styled as all reports are."""
+    folder = files("pipelines") / "templates"
+    css = (folder / "report.css").read_text()
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+        (folder / template).read_text()
+    )
+    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
+    return page.render(css=Markup(css), css_digest=digest, **values)
 
 
 def _shown(rows: Sequence[RowView]) -> Sequence[RowView]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -45,13 +45,9 @@ class FootageSettings:
     max_enlarged: float = 1.5
     num_references: int = 3
 
-    def to_record(self) -> dict[str, Any]:
-        """Return the settings as a JSON-able dict."""
-        return asdict(self)
-
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """Return the settings of a `to_record` dict that may have been through JSON."""
+        """Return the settings of its values, which may have been through JSON."""
         return cls(**{**record, "sizes": tuple((height, width) for height, width in record["sizes"])})
 
 

@@ -42,11 +42,10 @@ class Sighting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scan:
-    """All that was seen in a file: its size in pixels, every `stride`-th frame's sighting, the nets' name `pack`."""
+    """All that was seen in a file: its size in pixels, the sightings, the nets' name `pack`."""
 
     width: int
     height: int
-    stride: int
     pack: str
     sightings: tuple[Sighting, ...]
 
@@ -74,7 +73,7 @@ def scan_footage(path: Path, analyzer: FaceAnalyzer, fps: float) -> Scan:
         raise FootageError(f"{error.message}; copy or export it again", code="unreadable") from error
     if not sightings:
         raise FootageError(f"cannot read the video {path}: no frame could be decoded", code="unreadable")
-    return Scan(width=width, height=height, stride=stride, pack=analyzer.pack.name, sightings=tuple(sightings))
+    return Scan(width=width, height=height, pack=analyzer.pack.name, sightings=tuple(sightings))
 
 
 def frame_difference(before: NDArray[np.float32], after: NDArray[np.float32]) -> float:

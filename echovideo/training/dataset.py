@@ -141,10 +141,6 @@ class DatasetCard:
     files: Mapping[str, str]
     schema: int = SCHEMA
 
-    def to_record(self) -> dict[str, Any]:
-        """Return the card as a JSON-able dict."""
-        return asdict(self)
-
 
 def bucket_name(height: int, width: int, num_frames: int) -> str:
     """Return a bucket's name, "480x848x49"."""

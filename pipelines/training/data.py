@@ -39,7 +39,6 @@ from echovideo.training.dataset import (
     SCHEMA,
     SHARDS,
     DatasetCard,
-    Example,
     making_digest,
     table,
 )
@@ -135,7 +134,7 @@ def _making(config: DataConfig, card: ModelCard) -> dict[str, Any]:
         "model": card.name,
         "model_digest": folder_digest(folder),
         "face_nets": nets,
-        "footage": (config.footage or settings_for(model, nets)).to_record(),
+        "footage": asdict(config.footage or settings_for(model, nets)),
     }
     # As it will be read back: lists for tuples.
     record: dict[str, Any] = json.loads(json.dumps(making))
@@ -213,10 +212,6 @@ def _recordings(prepared: Iterable[Prepared]) -> dict[str, str]:
     return recordings
 
 
-def _examples(outcomes: Iterable[ClipOutcome]) -> list[Example]:
-    return [outcome.example for outcome in outcomes if isinstance(outcome, Prepared)]
-
-
 def _publish(
     manifest: ClipManifest,
     outcomes: Mapping[str, ClipOutcome],
@@ -227,10 +222,9 @@ def _publish(
     """Write the dataset's tables and card; the card goes first and comes last, so no reader sees halves of two."""
     output = job.output
     (output / DATASET_JSON).delete()
-    examples = _examples(outcomes.values())
-    references = [
-        reference for outcome in outcomes.values() if isinstance(outcome, Prepared) for reference in outcome.references
-    ]
+    prepared = [outcome for outcome in outcomes.values() if isinstance(outcome, Prepared)]
+    examples = [outcome.example for outcome in prepared]
+    references = [reference for outcome in prepared for reference in outcome.references]
     files = {
         EXAMPLES: _parquet(table(examples, EXAMPLES_SCHEMA)),
         REFERENCES: _parquet(table(references, REFERENCES_SCHEMA)),
@@ -254,7 +248,7 @@ def _publish(
     views = _views(manifest, outcomes, job.ledger)
     (output / CLIPS).write_bytes(_parquet(clips_table(views)))
     (output / REPORT).write_bytes(render_dataset_report(dataset, views).encode())
-    (output / DATASET_JSON).write_bytes(encode_json(dataset.to_record()))
+    (output / DATASET_JSON).write_bytes(encode_json(asdict(dataset)))
 
 
 def _views(manifest: ClipManifest, outcomes: Mapping[str, ClipOutcome], ledger: ClipLedger) -> list[ClipView]:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from echovideo.model.card import ModelCard
 from echovideo.training.dataset import DatasetCard
 from echovideo.training.trial import TrialVideo
 from pipelines import outcome as row_outcome
 from pipelines.outcome import KINDS, Failed, Rejected
-from pipelines.report import LOOKS, MAX_CARDS, MAX_EMBEDDED_BYTES, Advice, picture_uri, resource
+from pipelines.report import LOOKS, MAX_CARDS, MAX_EMBEDDED_BYTES, Advice, picture_uri, render_page
 from pipelines.training.outcome import ClipOutcome, Prepared
 
 _SHEET_SIDE = 960
@@ -103,16 +99,11 @@ def render_dataset_report(dataset: DatasetCard, views: Sequence[ClipView]) -> st
 
     Clips that gave nothing come first. Pictures are embedded up to MAX_EMBEDDED_BYTES, and MAX_CARDS clips are shown.
     """
-    css = resource("report.css")
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        resource("dataset.html.j2")
-    )
     counts = Counter(kind_of(view.outcome) for view in views)
     prepared = [view.outcome for view in views if isinstance(view.outcome, Prepared)]
     shown = sorted(views, key=lambda view: isinstance(view.outcome, Prepared))[:MAX_CARDS]
-    return page.render(
-        css=Markup(css),
-        css_digest=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
+    return render_page(
+        "dataset.html.j2",
         dataset=dataset,
         figures=[
             ("examples", len(prepared)),
@@ -169,13 +160,8 @@ def render_trial_report(
 
     `sheet` is a PNG, `card` the base model's.
     """
-    css = resource("report.css")
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        resource("trial.html.j2")
-    )
-    return page.render(
-        css=Markup(css),
-        css_digest=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
+    return render_page(
+        "trial.html.j2",
         name=name,
         facts=facts,
         videos=videos,

@@ -132,7 +132,7 @@ def test_train_exports_the_weights_of_the_best_validation_and_not_the_last(
     assert list(seen) == [1, 2, 3]
     assert torch.equal(adapter.tensors[name], seen[1])
     assert not torch.equal(seen[1], seen[3])
-    # Of videos with other denoising steps than are asked for now.
+    # Of other denoising steps.
     (job.folder / "trial.json").write_text('{"steps": 2}')
     assert job.evaluate()["trained_steps"] == 1
     assert "<td>1 of 3, the best by validation</td>" in (job.folder / "report.html").read_text()
@@ -172,7 +172,6 @@ def test_train_again_makes_nothing_anew(learnt: Learnt) -> None:
     before = {path: path.stat().st_mtime_ns for path in made}
     job.check()
     assert job.prepare().counts["ok"] == 2
-    # Left by a call that ended between the adapter and this.
     (job.folder / "checkpoints").mkdir()
     assert str(job.train()) == str(Path(learnt.command.document["report"]).parent)
     assert job.register(job.evaluate()).sha256 == learnt.command.document["identity"]["sha256"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -36,7 +36,6 @@ def scan(
     return Scan(
         width=width,
         height=height,
-        stride=2,
         pack="antelopev2-0",
         sightings=tuple(
             Sighting(frame_index=2 * at, difference=0.8 if at in cuts else 0.02, faces=tuple(faces))
@@ -176,4 +175,4 @@ def test_settings_for_the_published_model_are_the_five_sizes_and_for_tiny_its_ow
 
 def test_settings_survive_json() -> None:
     settings = settings_for(TransformerConfig(), "antelopev2-0123")
-    assert FootageSettings.from_record(json.loads(json.dumps(settings.to_record()))) == settings
+    assert FootageSettings.from_record(json.loads(json.dumps(asdict(settings)))) == settings

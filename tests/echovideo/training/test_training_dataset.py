@@ -3,7 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -85,7 +85,7 @@ def write_card(folder: Path, **changes: object) -> None:
         buckets={"96x96x17": {"count": 2}},
         files={name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names},
     )
-    (folder / "dataset.json").write_text(json.dumps({**card.to_record(), **changes}))
+    (folder / "dataset.json").write_text(json.dumps({**asdict(card), **changes}))
 
 
 @pytest.fixture
