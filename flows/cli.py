@@ -411,7 +411,7 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     renderers: Annotated[int, typer.Option(min=1, help="Engines side by side, each with a GPU of its own.")] = 1,
     max_queued: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are answered 429.")] = 10_000,
-    retention_days: Annotated[float | None, typer.Option(min=0, help="Delete videos of this age.")] = None,
+    retention_days: Annotated[float | None, typer.Option(min=0, help="Delete videos and batches of this age.")] = None,
     require_consent: Annotated[bool, typer.Option(help="Refuse requests without a consent_id.")] = False,
     allow_root: Annotated[
         list[str] | None, typer.Option(help="Folder or s3://bucket/prefix that manifests and photos may come from.")
