@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -375,6 +375,7 @@ class Dispatcher:
             # A renderer may still work for the dispatcher before; what it commits after this is read must be refused.
             home.epoch = await _turn_at(home.store.ledger)
         found = await asyncio.to_thread(_read_tenant, home.store)
+        await asyncio.to_thread(_delete_strays, home.store, {record.photo_sha256 for record, *_ in found})
         for record, outcome, ended_at, removed in found:
             if removed:
                 home.removing[record.video_id] = record
@@ -713,6 +714,15 @@ def _read_tenant(store: TenantStore) -> list[tuple[VideoRecord, RowOutcome | Non
         )
         for record in sorted(records, key=lambda record: (record.created_at, record.video_id))
     ]
+
+
+def _delete_strays(store: TenantStore, needed: Collection[str]) -> None:
+    """Delete the photos of requests that no dispatcher lived to write."""
+    for name in (store.ledger.folder / "uploads").list_names():
+        photo_sha256 = name.removesuffix(".jpg")
+        if photo_sha256 not in needed:
+            store.upload_path(photo_sha256).delete()
+            store.identity_path(photo_sha256).delete()
 
 
 def _delete_request(store: TenantStore, record: VideoRecord, key: str | None, *, photo_too: bool) -> None:

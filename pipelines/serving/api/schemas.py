@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from echovideo.request import (
     DEFAULT_FPS,
@@ -19,7 +20,12 @@ from echovideo.request import (
 )
 
 _Tag = Annotated[str, Field(max_length=512)]
+_NUMBER = re.compile(r"^[0-9]{1,9}(\.[0-9]{1,9})?$")
 _SIZE_TEXT = f"WIDTHxHEIGHT in pixels, multiples of 16, or one of {', '.join(SIZES)}; by default as trained."
+
+
+def _read_number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
 class _Asked(BaseModel):
@@ -40,7 +46,16 @@ class VideoSettings(_Asked):
     prompt: Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS, pattern=r"\S")]
     model: Annotated[str | None, Field(description="The served model's name, if anything.")] = None
     size: Annotated[str | None, Field(description=_SIZE_TEXT)] = None
-    seconds: Annotated[float | None, Field(description="Length, rounded to an allowed number of frames.")] = None
+    seconds: Annotated[
+        float | None,
+        BeforeValidator(_read_number),
+        Field(
+            description="Length, rounded to an allowed number of frames; OpenAI's clients send it as text.",
+            json_schema_extra={
+                "anyOf": [{"type": "number"}, {"type": "string", "pattern": _NUMBER.pattern}, {"type": "null"}]
+            },
+        ),
+    ] = None
     num_frames: Annotated[
         int | None,
         Field(description=f"9, 17, 25, 33, 41 or {MAX_FRAMES}, instead of seconds; by default as trained."),

@@ -76,6 +76,8 @@ def test_request_without_consent_or_whose_photo_has_gone_is_not_accepted(config:
 def test_dispatcher_after_a_lost_one_refuses_what_its_renderer_still_commits(config: ServiceConfig) -> None:
     store, video_id = TenantStore(config, "studio"), new_video_id("studio", "first")
     store.accept(record_of(video_id), b"photo")
+    # It was lost before it had written the request that this is of.
+    store.upload_path("1" * 64).write_bytes(b"photo")
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as lost:
         old = store.ledger.open_epoch(pid=lost.pid).number
         store.ledger.claim(video_id, old, "service", "node", lambda node: True)
@@ -91,6 +93,7 @@ def test_dispatcher_after_a_lost_one_refuses_what_its_renderer_still_commits(con
         assert not await dispatcher.report(name, old, 4, 10, None)
         [(_, view, _)] = await dispatcher.find([("studio", video_id)])
         assert view["status"] == "queued"
+        assert (store.ledger.folder / "uploads").list_names() == [f"{'0' * 64}.jpg"]
         await dispatcher.drain()
 
     asyncio.run(take_over())

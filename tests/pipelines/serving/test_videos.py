@@ -170,9 +170,12 @@ def test_idempotency_key_again_is_the_same_video_and_with_another_body_refused(
 def test_create_as_json_takes_the_photo_as_base64(stub: Running, astronaut_png: bytes) -> None:
     photo = base64.b64encode(astronaut_png).decode()
     for form in ({"photo": photo}, {"input_reference": {"image_url": f"data:image/png;base64,{photo}"}}):
-        answer = stub.client.post("/v1/videos", json={"prompt": "p", **SHAPE, "seed": 40, **form})
+        # OpenAI's clients send the length as text.
+        asked = {"prompt": "p", **SHAPE, "num_frames": None, "seconds": "1", "seed": 40, **form}
+        answer = stub.client.post("/v1/videos", json=asked)
         assert answer.status_code == 202, answer.text
-        assert stub.wait(answer.json()["id"])["status"] == "completed"
+        ended = stub.wait(answer.json()["id"])
+        assert (ended["status"], ended["seconds"]) == ("completed", "1.0625")
 
 
 @pytest.mark.parametrize(
