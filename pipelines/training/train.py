@@ -3,10 +3,12 @@
 run/checkpoints/    the checkpoints that a run goes on from
 run/metrics.jsonl, run/tensorboard/, run/loss.png
 run/ray/            Ray's own notes
+run/lock            held while somebody trains here
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from collections.abc import Callable
@@ -95,10 +97,22 @@ def run_training(run: TrainingRun) -> TrainingResult:
     """Train to the end, from the run's last good checkpoint on if it has one, and return the result.
 
     A worker that dies is replaced, all workers begin again from the last good checkpoint, and so at most `max_failures`
-    times. Raises TrainingError, code "workers", beyond that; errors that a person has to act on end the run at once.
+    times. Raises TrainingError, code "workers", beyond that, and "already_running" while another process trains in the
+    run's folder; errors that a person has to act on end the run at once.
     """
     folder = run.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(
+                f"another process trains in {folder}; wait for it, or stop it first", code="already_running"
+            ) from None
+        return _run_workers(run, folder)
+
+
+def _run_workers(run: TrainingRun, folder: Path) -> TrainingResult:
     refused = folder / _REFUSED
     refused.unlink(missing_ok=True)
     trainer = TorchTrainer(

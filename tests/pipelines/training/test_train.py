@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,15 @@ def test_run_whose_worker_dies_too_often_ends_and_goes_on_when_it_is_started_aga
         [line["loss"] for line in read_metrics(tmp_path / name) if "step" in line] for name in ("run", "whole")
     )
     assert losses == pytest.approx(others, rel=1e-5)
+
+
+def test_run_that_another_process_trains_is_refused_and_left_alone(tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(TrainingError) as caught:
+            run_training(run(tmp_path, SmallSource()))
+    assert caught.value.code == "already_running"
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 def test_run_with_an_error_for_a_person_ends_with_it_and_is_not_retried(tmp_path: Path) -> None:
