@@ -251,11 +251,11 @@ def whiten(vae: AutoencoderKLCogVideoX, videos_BCFHW: Iterable[Tensor]) -> None:
         layer.conv.weight.copy_(torch.einsum("oj...,ji->oi...", layer.conv.weight.double(), inverse_DD))
 
 
-def drawn_videos(people: range, device: torch.device) -> Iterator[Tensor]:
-    """Yield clips of people, (B, 3, 17, 96, 96), -1 to 1."""
+def drawn_videos(people: range, clips: range, device: torch.device) -> Iterator[Tensor]:
+    """Yield the clips of seeds `clips`, each of the person beside it, (B, 3, 17, 96, 96), -1 to 1."""
     for start in range(0, len(people), _CHUNK):
-        seeds = people[start : start + _CHUNK]
-        yield _video(draw_clips(seeds, range(start, start + len(seeds)), device)[0])
+        chunk = slice(start, start + _CHUNK)
+        yield _video(draw_clips(people[chunk], clips[chunk], device)[0])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -278,9 +278,7 @@ def measure_autoencoder(vae: AutoencoderKLCogVideoX, device: torch.device, clips
     people = SPLITS["test"][20_000 : 20_000 + clips]
     seeds = range(TEST_CLIPS, TEST_CLIPS + clips)
     psnr, deviations = [], []
-    for start in range(0, clips, 16):
-        drawing, _ = draw_clips(people[start : start + 16], seeds[start : start + 16], device)
-        video = _video(drawing)
+    for video in drawn_videos(people, seeds, device):
         error = (reconstruct(vae, video) - video).square().mean(dim=(1, 2, 3, 4))
         psnr.append(10 * torch.log10(4 / error))
         like = next(vae.parameters())

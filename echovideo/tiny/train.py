@@ -70,7 +70,7 @@ def autoencoder(options: Options) -> Measures:
         settings = replace(settings, phases=settings.phases[1:], learning_rate=settings.learning_rate / 2)
     vae = train_autoencoder(settings, options.device, start) if options.seconds or not start else start
     vae.to(options.device, torch.float32)
-    whiten(vae, drawn_videos(SPLITS["train"][:_WHITENED_CLIPS], options.device))
+    whiten(vae, drawn_videos(SPLITS["train"][:_WHITENED_CLIPS], range(_WHITENED_CLIPS), options.device))
     found = measure_autoencoder(vae.bfloat16(), options.device)
     shipped.save_vae(vae, scaling_factor=1 / found.latents_deviation, folder=options.out)
     return _told(found)

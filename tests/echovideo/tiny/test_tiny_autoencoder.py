@@ -136,7 +136,7 @@ def test_train_autoencoder_decoder_alone_leaves_the_encoder_as_it_was(monkeypatc
 
 def test_whiten_makes_second_moments_the_identity_and_leaves_the_pictures() -> None:
     vae = load_vae().requires_grad_(False)
-    (videos,) = (clips[:, :, :9] for clips in drawn_videos(range(2), torch.device("cpu")))
+    (videos,) = (clips[:, :, :9] for clips in drawn_videos(range(2), range(2), torch.device("cpu")))
     before = reconstruct(vae, videos)
     for _ in range(2):  # What was whitened before can be whitened again.
         whiten(vae, videos.split(1))
